@@ -1,0 +1,374 @@
+import copy
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.cluster import KMeans
+
+import quantizer
+from quantizer import VectorQuantizer, nearest_code, perplexity
+
+BOTH_WAYS = pytest.mark.parametrize("ema", [False, True], ids=["loss", "ema"])
+
+
+def make(codebook=None, size=8, dim=4, **options):
+    """A quantizer whose codebook is given or normal, without start and revival unless asked for."""
+    torch.manual_seed(0)
+    vq = VectorQuantizer(size, dim, **{"kmeans_start": False, "revive_below": 0.0} | options)
+    vq.codebook.data.copy_(torch.randn(size, dim) if codebook is None else codebook)
+    return vq
+
+
+def brute_force(z_e, codebook):
+    """Indices by looking at every code for every position, in float64; `min` keeps the first of a tie."""
+    z = z_e.detach().movedim(1, -1).double()
+    return (z.unsqueeze(-2) - codebook.detach().double()).square().sum(-1).min(-1).indices
+
+
+def train_steps(vq, batches, optimizer=None):
+    for z in batches:
+        out = vq(z)
+        if optimizer:
+            optimizer.zero_grad()
+            out.codebook_loss.backward()
+            vq.reset_revived(optimizer)
+            optimizer.step()
+
+
+# Lookup
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (5, 4, 7), (3, 4, 5, 6), (2, 4, 3, 2, 5)])
+def test_any_rank_gives_the_nearest_codes_of_brute_force(shape):
+    vq, z_e = make().eval(), torch.randn(shape)
+    out = vq(z_e)
+    assert out.indices.shape == (shape[0], *shape[2:]) and out.indices.dtype == torch.int64
+    assert torch.equal(out.indices, brute_force(z_e, vq.codebook))
+    assert torch.equal(out.z_q.movedim(1, -1), vq.codebook[out.indices])
+    assert torch.equal(vq.encode(z_e), out.indices)
+    assert torch.equal(vq.lookup(out.indices), out.z_q)
+
+
+def test_channels_are_the_space_and_all_else_is_flattened():
+    z_e = torch.randn(16, 64, 32, 32)
+    out = make(size=8, dim=64)(z_e)
+    assert out.z_q.shape == z_e.shape and out.indices.numel() == 16 * 32 * 32
+    assert out.codebook_loss.shape == out.commitment_loss.shape == ()
+
+
+def test_ties_go_to_the_lowest_index():
+    codebook = torch.tensor([[3.0], [1.0], [1.0], [-1.0], [-1.0]])
+    z_e = torch.tensor([[1.0], [0.0], [2.0], [-5.0]])
+    assert make(codebook, 5, 1)(z_e).indices.tolist() == [1, 1, 0, 3]
+
+
+def test_memory_layout_does_not_change_the_result():
+    vq, z_e = make().eval(), torch.randn(3, 4, 5, 6)
+    assert torch.equal(vq(z_e.contiguous(memory_format=torch.channels_last)).indices, vq(z_e).indices)
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-30, 1e30])
+def test_values_whose_squares_leave_float32_are_quantized_all_the_same(scale):
+    z_e, codebook = torch.randn(50, 4) * scale, torch.randn(8, 4) * scale
+    assert torch.equal(make(codebook).eval()(z_e).indices, brute_force(z_e, codebook))
+
+
+def test_chunks_give_the_indices_of_one_product(monkeypatch):
+    z, codebook = torch.randn(1000, 16), torch.randn(300, 16)
+    monkeypatch.setattr(quantizer, "LOOKUP_ELEMENTS", 10**9)
+    whole = nearest_code(z, codebook)
+    for elements in (1, 300 * 7, 300 * 64):
+        monkeypatch.setattr(quantizer, "LOOKUP_ELEMENTS", elements)
+        assert torch.equal(nearest_code(z, codebook), whole)
+
+
+def test_lookup_memory_does_not_grow_with_n_times_k():
+    """16,384 x 65,536 distances would be 4 GiB; the process may grow by a tenth of that."""
+    code = """if True:
+        import resource, torch
+        from quantizer import VectorQuantizer
+        vq, z = VectorQuantizer(65536, 2, kmeans_start=False).eval(), torch.randn(16384, 2)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        vq(z)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"""
+    grown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(grown) < 400 * 1024 * (1 if sys.platform != "darwin" else 1024)  # KiB, bytes on macOS
+
+
+def test_autocast_does_not_lower_the_precision_of_the_lookup():
+    vq, z_e = make(size=64).eval(), torch.randn(512, 4)
+    expected = vq(z_e)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = vq(z_e)
+    assert torch.equal(out.indices, expected.indices) and torch.equal(out.codebook_loss, expected.codebook_loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_z_q_has_the_dtype_of_z_e(dtype):
+    vq, z_e = make().eval(), torch.randn(20, 4, dtype=dtype)
+    out = vq(z_e)
+    assert out.z_q.dtype == dtype and out.codebook_loss.dtype == torch.float32
+    assert torch.equal(out.indices, brute_force(z_e, vq.codebook))
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("default")  # the compiler's own
+def test_compiled_indices_equal_eager_ones_for_channels_last_input():
+    vq = make(size=512, dim=64).eval()
+    z_e = torch.randn(4, 64, 7, 7).contiguous(memory_format=torch.channels_last)
+    out = torch.compile(vq)(z_e)
+    assert torch.equal(out.indices, vq(z_e).indices) and torch.equal(out.z_q, vq(z_e).z_q)
+
+
+# Gradients
+
+
+def test_straight_through_hands_the_gradient_of_z_q_to_z_e():
+    z_e, weight = torch.randn(3, 4, 5, requires_grad=True), torch.randn(3, 4, 5)
+    (make()(z_e).z_q * weight).sum().backward()
+    assert torch.equal(z_e.grad, weight)
+
+
+def test_losses_are_the_mean_squared_distances():
+    vq, z_e = make(), torch.randn(3, 4, 5)
+    out = vq(z_e)
+    expected = F.mse_loss(vq.codebook[brute_force(z_e, vq.codebook)].movedim(-1, 1), z_e)
+    torch.testing.assert_close((out.codebook_loss, out.commitment_loss), (expected, expected))
+
+
+def test_codebook_gradient_is_that_of_embedding_and_mse_loss():
+    vq, z_e = make(), torch.randn(30, 4)
+    vq(z_e).codebook_loss.backward()
+    weight = vq.codebook.detach().clone().requires_grad_()
+    F.mse_loss(F.embedding(brute_force(z_e, weight), weight), z_e).backward()
+    torch.testing.assert_close(vq.codebook.grad, weight.grad)
+
+
+def test_reconstruction_does_not_move_the_codes_nor_the_codebook_loss_the_encoder():
+    vq, z_e = make(), torch.randn(30, 4, requires_grad=True)
+    out = vq(z_e)
+    assert torch.autograd.grad(out.z_q.square().sum(), vq.codebook, allow_unused=True, retain_graph=True) == (None,)
+    assert torch.autograd.grad(out.codebook_loss, z_e, allow_unused=True, retain_graph=True) == (None,)
+    assert torch.autograd.grad(out.commitment_loss, vq.codebook, allow_unused=True) == (None,)
+
+
+def test_beta_scales_the_encoders_gradient_and_leaves_the_codebooks():
+    def gradients(beta):
+        vq, z_e = make(), torch.randn(30, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        out = vq(z_e)
+        (out.codebook_loss + beta * out.commitment_loss).backward()
+        return z_e.grad, vq.codebook.grad
+
+    (z_one, code_one), (z_quarter, code_quarter) = gradients(1.0), gradients(0.25)
+    assert torch.equal(z_quarter, 0.25 * z_one) and torch.equal(code_quarter, code_one)
+    assert z_one.abs().sum() > 0 and code_one.abs().sum() > 0
+
+
+# Moving averages
+
+
+def test_ema_follows_the_papers_two_averages():
+    vq = make(ema=True, decay=0.9)
+    counts, sums = torch.ones(8).double(), vq.codebook.double().clone()
+    for _ in range(30):
+        z = torch.randn(40, 4)
+        assigned = F.one_hot(brute_force(z, vq.codebook), 8).double()
+        counts = 0.9 * counts + 0.1 * assigned.sum(0)
+        sums = 0.9 * sums + 0.1 * assigned.T @ z.double()
+        vq(z)
+        torch.testing.assert_close(vq.codebook.double(), sums / counts[:, None], rtol=1e-4, atol=1e-5)
+
+
+def test_ema_moves_only_the_code_that_was_hit():
+    vq = make(ema=True)
+    before = vq.codebook.clone()
+    vq(before[3] + 0.01 * torch.randn(100, 4))
+    moved = (vq.codebook - before).abs().amax(1)
+    assert moved[3] > 0 and moved[torch.arange(8) != 3].max() == 0
+
+
+def test_ema_code_keeps_its_place_through_2000_steps_without_a_hit():
+    vq = make(ema=True)
+    far = vq.codebook[0] = torch.full((4,), 50.0)
+    z = torch.randn(16, 4)
+    for _ in range(2000):
+        vq(z)
+    assert torch.equal(vq.codebook[0], far) and vq.codebook.isfinite().all()
+
+
+def test_ema_codebook_is_no_parameter_and_its_loss_has_no_gradient():
+    vq = make(ema=True)
+    out = vq(torch.randn(10, 4))
+    assert not list(vq.parameters()) and not out.codebook_loss.requires_grad
+
+
+@BOTH_WAYS
+def test_output_is_the_codebook_from_before_the_update(ema):
+    vq, z_e = make(ema=ema, revive_below=0.5), torch.randn(50, 4)
+    before = vq.codebook.detach().clone()
+    out = vq(z_e)
+    assert torch.equal(out.z_q, before[out.indices])
+
+
+# Start
+
+
+def test_start_is_k_means_of_the_first_batch():
+    z = torch.randn(2000, 4)
+    vq = make(size=32, kmeans_start=True)
+    assert not vq.started
+    loss = vq(z).codebook_loss
+    reference = KMeans(32, n_init=1, random_state=0).fit(z.numpy())
+    assert loss < 1.1 * reference.inertia_ / z.numel()
+    assert vq.count(vq.encode(z)).min() > 0
+
+
+@BOTH_WAYS
+def test_start_with_fewer_vectors_than_codes_goes_on_over_the_next_batches(ema):
+    vq = make(size=20, kmeans_start=True, ema=ema)
+    batches = torch.randn(4, 6, 4)
+    for i, z in enumerate(batches):
+        out = vq(z)
+        assert vq.started == min(20, 6 * (i + 1))
+        assert i == 3 or torch.equal(out.z_q, z)  # each vector is a code by then
+        assert out.indices.max() < vq.started
+
+
+def test_start_takes_equal_vectors_once():
+    z = torch.cat([torch.zeros(500, 4), torch.randn(20, 4)])
+    vq = make(size=16, kmeans_start=True)
+    vq(z)
+    assert len(vq.codebook.unique(dim=0)) == 16
+
+
+# Revival
+
+
+@BOTH_WAYS
+def test_dead_codes_move_onto_vectors_of_the_batch_and_stay_in_use(ema):
+    vq = make(ema=ema, revive_below=0.1, size=16)
+    vq.codebook.data[8:] += 100  # out of reach
+    optimizer = None if ema else torch.optim.Adam(vq.parameters(), lr=1e-3)
+    train_steps(vq, torch.randn(400, 64, 4), optimizer)
+    assert vq.count(vq.encode(torch.randn(5000, 4))).min() > 0
+    assert vq.codebook.abs().max() < 10
+
+
+@BOTH_WAYS
+def test_revived_code_is_a_vector_of_the_batch_after_the_optimisers_step_too(ema):
+    vq = make(ema=ema, revive_below=0.1)
+    optimizer = None if ema else torch.optim.Adam(vq.parameters(), lr=0.1)
+    train_steps(vq, torch.randn(20, 64, 4), optimizer)  # momentum for every code
+    vq.ema_counts[5], vq.codebook.data[5] = 0.0, 1000.0
+    z = torch.randn(64, 4)
+    train_steps(vq, [z], optimizer)
+    assert (vq.codebook[5] == z).all(1).any()
+    if optimizer:
+        state = optimizer.state[vq.codebook]
+        assert state["exp_avg"][5].abs().sum() == 0 and state["exp_avg_sq"][5].abs().sum() == 0
+        assert state["exp_avg"].abs().sum() > 0
+    before = vq.codebook[5].clone()
+    vq(before + 100 + torch.randn(64, 4))  # a step that does not hit it
+    assert torch.equal(vq.codebook[5], before)
+
+
+def test_revival_can_be_switched_off():
+    vq = make(ema=True)
+    vq.codebook[4:] += 100
+    before = vq.codebook[4:].clone()
+    train_steps(vq, torch.randn(500, 64, 4))
+    assert torch.equal(vq.codebook[4:], before)
+
+
+# State
+
+
+@BOTH_WAYS
+def test_eval_mode_and_encode_change_nothing(ema):
+    vq = make(ema=ema, kmeans_start=True, revive_below=0.5)
+    before = copy.deepcopy(vq.state_dict())
+    vq.encode(torch.randn(100, 4))
+    vq.eval()(torch.randn(100, 4))
+    after = vq.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+@BOTH_WAYS
+def test_saved_and_loaded_halfway_ends_bit_for_bit_the_same(ema):
+    def new():
+        vq = make(size=32, ema=ema, kmeans_start=True, revive_below=0.2)
+        return vq, None if ema else torch.optim.Adam(vq.parameters(), lr=1e-2)
+
+    batches = torch.randn(60, 20, 4)  # fewer vectors than codes: the start takes two batches
+    for cut in (1, 30):
+        vq, optimizer = new()
+        train_steps(vq, batches, optimizer)
+        first, first_optimizer = new()
+        train_steps(first, batches[:cut], first_optimizer)
+        random = torch.get_rng_state()
+        second, second_optimizer = new()
+        second.load_state_dict(first.state_dict())
+        if not ema:
+            second_optimizer.load_state_dict(first_optimizer.state_dict())
+        torch.set_rng_state(random)
+        train_steps(second, batches[cut:], second_optimizer)
+        assert all(torch.equal(a, b) for a, b in zip(vq.state_dict().values(), second.state_dict().values()))
+
+
+# Usage
+
+
+def test_perplexity_of_closed_forms():
+    assert perplexity(torch.tensor([5, 5, 5, 5])).item() == pytest.approx(4)
+    assert perplexity(torch.tensor([7, 0, 0])).item() == pytest.approx(1)
+    assert perplexity(torch.tensor([2, 1, 1])).item() == pytest.approx(2**1.5)
+
+
+def test_counts_of_batches_add_up_to_the_count_of_all():
+    vq, z = make(), torch.randn(99, 4)
+    parts = sum(vq.count(vq.encode(part)) for part in z.split(10))
+    assert torch.equal(parts, vq.count(vq.encode(z))) and parts.sum() == 99
+
+
+# Bad input
+
+
+@BOTH_WAYS
+def test_empty_batch_gives_empties_and_changes_nothing(ema):
+    vq = make(ema=ema, kmeans_start=True)
+    before = copy.deepcopy(vq.state_dict())
+    out = vq(torch.empty(0, 4, 7, 7, requires_grad=True))
+    assert out.z_q.shape == (0, 4, 7, 7) and out.indices.shape == (0, 7, 7)
+    assert out.codebook_loss == out.commitment_loss == 0
+    (out.z_q.sum() + out.codebook_loss + out.commitment_loss).backward()
+    assert all(torch.equal(before[k], v) for k, v in vq.state_dict().items())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_input_is_refused_and_poisons_nothing(value):
+    for vq in (make(ema=True), make(ema=True, kmeans_start=True)):
+        before = copy.deepcopy(vq.state_dict())
+        z = torch.randn(10, 4)
+        z[3, 2] = value
+        with pytest.raises(ValueError, match="1 of 40 values of z_e are NaN or infinite"):
+            vq(z)
+        assert all(torch.equal(before[k], v) for k, v in vq.state_dict().items())
+
+
+def test_wrong_input_says_what_came_and_what_was_needed():
+    vq = make()
+    with pytest.raises(ValueError, match=r"\(2, 3, 5\) but needs \(B, 4, ...\)"):
+        vq(torch.randn(2, 3, 5))
+    with pytest.raises(ValueError, match="int64 but must be floating point"):
+        vq(torch.zeros(2, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="from 0 to 8, but the codes are 0 to 7"):
+        vq.lookup(torch.tensor([[0, 8]]))
+
+
+@pytest.mark.parametrize("options", [{"codebook_size": 0}, {"code_dim": -1}, {"decay": 1.0}, {"revive_below": 2.0}])
+def test_impossible_sizes_and_rates_are_refused(options):
+    with pytest.raises(ValueError, match="must be"):
+        VectorQuantizer(**{"codebook_size": 8, "code_dim": 4} | options)
