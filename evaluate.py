@@ -1,0 +1,86 @@
+"""Measure a trained VQ-VAE on its data set's test images: `python evaluate.py --run results`.
+
+Pixels are in [0, 1]. PSNR is the mean over images of each image's own; SSIM has the usual 11x11 Gaussian window of
+standard deviation 1.5, over the positions where it lies inside the image.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from checkpoint import load_checkpoint, load_model, user_errors
+from data import load_dataset, to_pixels
+from model import VQVAE
+from quantizer import perplexity
+
+
+@torch.inference_mode()
+def evaluate(model: VQVAE, images: Tensor, batch_size: int = 250) -> tuple[dict[str, float], Tensor]:
+    """Reconstruct uint8 images (N, C, H, W) in float32; the figures are over all of them, whatever the batch size.
+
+    Returns:
+        test_mse, test_psnr (dB), test_ssim, perplexity and codes_used; and each code's count, (K,) int64.
+    """
+    was_training = model.training
+    model.eval()
+    device = model.mean.device
+    errors, counts = [], 0
+    for batch in images.split(batch_size):
+        x = to_pixels(batch, device)
+        out = model(x)
+        x_recon = out.x_recon.clamp(0, 1)
+        mse = (x_recon - x).square().mean((1, 2, 3))
+        errors.append(torch.stack([mse, -10 * mse.clamp(min=1e-12).log10(), ssim(x_recon, x)]).cpu().double())
+        counts = counts + model.quantizer.count(out.indices).cpu()
+    model.train(was_training)
+    measured = dict(zip(("test_mse", "test_psnr", "test_ssim"), torch.cat(errors, 1).mean(1).tolist()))
+    return measured | {"perplexity": perplexity(counts).item(), "codes_used": int((counts > 0).sum())}, counts
+
+
+def ssim(x: Tensor, y: Tensor) -> Tensor:
+    """Return the structural similarity of each pair of images in [0, 1], (B,) (Wang et al. 2004, equation 13)."""
+    size = min(11, *x.shape[-2:])
+    window = torch.exp(-((torch.arange(size, device=x.device) - (size - 1) / 2) ** 2) / (2 * 1.5**2))
+    window = window / window.sum()
+
+    def blur(image):  # the Gaussian window is separable
+        rows = F.conv2d(image.flatten(0, 1)[:, None], window.view(1, 1, -1, 1))
+        return F.conv2d(rows, window.view(1, 1, 1, -1))
+
+    mean_x, mean_y = blur(x), blur(y)
+    var_x, var_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
+    covariance = blur(x * y) - mean_x * mean_y
+    c1, c2 = 0.01**2, 0.03**2
+    numerator = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    return (numerator / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))).view(len(x), -1).mean(1)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Measure a trained VQ-VAE on the test images and write evaluation.json beside its checkpoint.",
+        usage=argparse.SUPPRESS,  # an error is then one line
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--run", default="results", help="folder of the run")
+    parser.add_argument("--data-dir", help="folder of the data set; None is the one it was trained from")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace):
+    with user_errors():
+        checkpoint = load_checkpoint(args.run)
+        trained_with = checkpoint["args"]
+        data = load_dataset(trained_with["dataset"], args.data_dir or trained_with["data_dir"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    measured, _ = evaluate(load_model(checkpoint, device), data.test_images)
+    text = json.dumps({"dataset": data.name, "step": checkpoint["progress"]["step"], **measured}, indent=2)
+    Path(args.run, "evaluation.json").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main(parse_args())

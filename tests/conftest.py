@@ -1,0 +1,39 @@
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+import train as script
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--dataset=digits", "--codebook-size=32", "--code-dim=8", "--width=8", "--blocks=1", "--batch-size=16"]
+SMALL += ["--log-every=5", "--device=cpu"]
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """Take back what training does with signals, so that Ctrl-C still ends the tests."""
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+
+
+def train(folder, *flags):
+    """Train a small model on the CPU, in this process."""
+    script.main(script.parse_args([f"--out-dir={folder}", *SMALL, *map(str, flags)]))
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """A run of 30 steps, not to be changed."""
+    folder = tmp_path_factory.mktemp("run") / "results"
+    train(folder, "--steps=30", "--save-every=10")
+    return folder
+
+
+@pytest.fixture
+def trained_run(finished_run, tmp_path):
+    """A copy of it, to be changed at will."""
+    return Path(shutil.copytree(finished_run, tmp_path / "results"))

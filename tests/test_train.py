@@ -1,0 +1,257 @@
+import csv
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, train
+from matplotlib.image import imread
+
+import checkpoint
+import evaluate
+import train as script
+
+COLUMNS = "step,recon_loss,codebook_loss,commitment_loss,codes_used,perplexity,test_mse"
+
+
+def rows(folder):
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def same_state(a, b):
+    """Whether two nested states are equal to the bit, seconds aside."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a if k not in ("seconds", "args"))
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same_state, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def same_run(a, b):
+    pictures = [path.name for path in sorted(a.glob("recon_*.png"))]
+    assert (a / "metrics.csv").read_text() == (b / "metrics.csv").read_text()
+    assert pictures == [path.name for path in sorted(b.glob("recon_*.png"))]
+    assert all((a / name).read_bytes() == (b / name).read_bytes() for name in [*pictures, "curves.png", "codebook.png"])
+    return same_state(checkpoint.load_checkpoint(a), checkpoint.load_checkpoint(b))
+
+
+def test_run_leaves_its_pictures_figures_and_checkpoint(finished_run):
+    pictures = ["recon_000010.png", "recon_000020.png", "recon_000030.png", "curves.png", "codebook.png"]
+    assert sorted(p.name for p in finished_run.iterdir()) == sorted(
+        [*pictures, "metrics.csv", "summary.json", "checkpoint.pt"]
+    )
+    for name in pictures:
+        assert imread(finished_run / name).std() > 0.05  # a picture, not a blank
+
+
+def test_metrics_have_a_line_per_interval_and_the_test_error_at_each_save(finished_run):
+    lines = (finished_run / "metrics.csv").read_text().splitlines()
+    assert lines[0] == COLUMNS
+    assert [(int(r["step"]), bool(r["test_mse"])) for r in rows(finished_run)] == [
+        (5, False), (10, True), (15, False), (20, True), (25, False), (30, True)
+    ]  # fmt: skip
+    assert float(rows(finished_run)[-1]["recon_loss"]) < float(rows(finished_run)[0]["recon_loss"])
+
+
+def test_summary_names_the_data_and_holds_every_figure(finished_run):
+    summary = json.loads((finished_run / "summary.json").read_text())
+    assert summary["dataset"] == "digits" and summary["steps"] == 30
+    assert summary["arguments"]["codebook_size"] == 32 and summary["arguments"]["beta"] == 0.25
+    for name in ("seconds", "images_per_second", "test_mse", "test_psnr", "test_ssim", "perplexity", "codes_used"):
+        assert summary[name] > 0
+    assert summary["codes_used"] <= 32 and summary["perplexity"] <= summary["codes_used"] + 1e-9
+
+
+def test_training_learns_the_digits(tmp_path):
+    """The mean image of the training set is the best guess without a code; 300 small steps must beat it by far."""
+    train(tmp_path, "--steps=300", "--save-every=300")
+    data = script.load_dataset("digits", "")
+    mean = data.train_images.double().mean(0) / 255
+    guess = (data.test_images / 255 - mean).square().mean().item()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["test_mse"] < guess / 4 and summary["codes_used"] > 24
+
+
+def test_same_seed_gives_the_same_run_and_another_seed_another(finished_run, tmp_path):
+    train(tmp_path / "same", "--steps=30", "--save-every=10")
+    assert same_run(tmp_path / "same", finished_run)
+    train(tmp_path / "other", "--steps=30", "--save-every=10", "--seed=1")
+    assert rows(tmp_path / "other")[0]["recon_loss"] != rows(finished_run)[0]["recon_loss"]
+
+
+def test_earlier_run_is_moved_to_a_dated_folder_and_other_files_are_left(trained_run, capsys):
+    (trained_run / "notes.txt").write_text("mine")
+    earlier = {p.name: p.read_bytes() for p in trained_run.iterdir() if p.name != "notes.txt"}
+    train(trained_run, "--steps=2")
+    (archive,) = (p for p in trained_run.iterdir() if p.is_dir())
+    assert {p.name: p.read_bytes() for p in archive.iterdir()} == earlier
+    assert f"moved the earlier run in {trained_run} to {archive}" in capsys.readouterr().out
+    assert (trained_run / "notes.txt").read_text() == "mine"
+    assert len(rows(trained_run)) == 1
+
+
+def stop(folder, *flags, signum=signal.SIGINT, after="step 10/"):
+    """Start a long run, send it a signal once it has printed `after`, and return its exit code and output."""
+    command = [sys.executable, ROOT / "train.py", "--out-dir", folder, *SMALL, *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT) as process:
+        printed = ""
+        for line in process.stdout:
+            printed += line
+            if after in line:
+                process.send_signal(signum)
+                break
+        printed += process.stdout.read()
+    return process.returncode, printed
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_stops_at_the_end_of_a_step_and_resuming_goes_on_exactly(finished_run, tmp_path, signum, code):
+    returned, printed = stop(tmp_path, "--steps", "3000", "--save-every", "10", signum=signum)
+    step = checkpoint.load_checkpoint(tmp_path)["progress"]["step"]
+    assert returned == code and "Traceback" not in printed
+    assert f"stopped at step {step}; to go on: python train.py --resume {tmp_path}" in printed
+    stopped = rows(tmp_path)
+    resume = ["--resume", str(tmp_path), "--device", "cpu", "--steps", str(step + 25)]
+    done = subprocess.run([sys.executable, ROOT / "train.py", *resume], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert rows(tmp_path)[: len(stopped)] == stopped
+    steps = [int(row["step"]) for row in rows(tmp_path)]
+    assert steps == sorted({*range(5, step + 25, 5), step + 25})
+
+
+@pytest.mark.parametrize("flags", [[], ["--ema"]], ids=["loss", "ema"])
+def test_resumed_run_ends_bit_for_bit_as_one_that_never_stopped(tmp_path, monkeypatch, flags):
+    """Stop after step 13, between log lines and saves, and go on in a new process."""
+    flags = [*flags, "--steps", "24", "--save-every", "8"]
+    train(tmp_path / "whole", *flags)
+    args = script.parse_args(["--out-dir", str(tmp_path / "halves"), *SMALL, *flags])
+    signals = []
+    monkeypatch.setattr(script, "catch_signals", lambda: signals)
+    original = script.batch_indices
+    monkeypatch.setattr(script, "batch_indices", lambda *a: (signals.append(2) if a[-1] == 12 else 0, original(*a))[1])
+    with pytest.raises(SystemExit) as stopped:
+        script.main(args)
+    assert stopped.value.code == 130
+    assert checkpoint.load_checkpoint(tmp_path / "halves")["progress"]["step"] == 13
+    command = [sys.executable, ROOT / "train.py", "--resume", tmp_path / "halves", "--device", "cpu"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+    assert same_run(tmp_path / "halves", tmp_path / "whole")
+
+
+# The choice of the data set
+
+
+def test_without_mnist_the_run_says_so_loudly_and_trains_on_digits(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script.load_dataset.__globals__["datasets"].MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    args = script.parse_args(["--data-dir", str(tmp_path)])
+    assert script.load_data(args).name == args.dataset == "digits"
+    printed = capsys.readouterr().err
+    assert "WARNING: mnist is not in" in printed and "--data-dir" in printed
+
+
+def test_dataset_asked_for_by_name_is_never_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(script.load_dataset.__globals__["datasets"].MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    args = script.parse_args(["--data-dir", str(tmp_path), "--dataset", "mnist"])
+    with pytest.raises(ValueError, match="mnist is not in .* copy its files into .* or name another --dataset"):
+        script.load_data(args)
+
+
+# Mistakes of the user: one line, exit code 2, nothing done
+
+
+def refusal(capsys, *flags):
+    with pytest.raises(SystemExit) as refused:
+        script.main(script.parse_args([str(flag) for flag in flags]))
+    printed = capsys.readouterr().err
+    assert refused.value.code == 2 and printed.count("\n") == 1, printed
+    return printed
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        *((f"--{name}", "0") for name in ("steps", "batch-size", "codebook-size", "code-dim", "width", "save-every")),
+        *(("--steps", bad) for bad in ("-5", "1.5", "many")), *(("--lr", bad) for bad in ("-1", "nan", "inf")),
+        ("--beta", "-1"), ("--decay", "1"), ("--revive-below", "1.5"), ("--seed", "-1"), ("--dataset", "imagenet"),
+        ("--device", "tpu"), ("--precision", "float8"), ("--no-such-flag", "1"),
+    ],
+)  # fmt: skip
+def test_bad_flag_is_named_in_one_line(capsys, flag, value):
+    assert flag in refusal(capsys, flag, value)
+
+
+def test_device_that_is_not_there_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "--device cuda: this machine has" in refusal(capsys, "--device", "cuda", "--dataset", "digits")
+
+
+def test_batch_larger_than_the_data_is_refused(capsys, tmp_path):
+    flags = ("--dataset", "digits", "--batch-size", 1501, "--out-dir", tmp_path / "out")
+    assert "--batch-size 1501 is above the 1500 training images" in refusal(capsys, *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unwritable_folder_is_refused(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "file" in refusal(capsys, "--dataset", "digits", "--out-dir", tmp_path / "file" / "results")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a checkpoint", "truncated", "foreign", "newer"])
+def test_bad_checkpoint_is_refused_by_every_script(capsys, trained_run, content):
+    path = trained_run / "checkpoint.pt"
+    if content is None:
+        path.unlink()
+    elif content == "truncated":
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif content == "foreign":
+        torch.save(torch.nn.Linear(2, 2).state_dict(), path)
+    elif content == "newer":
+        torch.save({"format": 99}, path)
+    else:
+        path.write_bytes(content)
+    assert "checkpoint" in refusal(capsys, "--resume", trained_run)
+    with pytest.raises(SystemExit) as refused:
+        evaluate.main(evaluate.parse_args(["--run", str(trained_run)]))
+    printed = capsys.readouterr().err
+    assert refused.value.code == 2 and printed.count("\n") == 1 and "checkpoint" in printed
+
+
+class Malicious:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+def test_loading_a_checkpoint_executes_nothing_in_it(capsys, trained_run):
+    torch.save({"format": 1, "args": Malicious()}, trained_run / "checkpoint.pt")
+    assert "damaged or not a checkpoint" in refusal(capsys, "--resume", trained_run)
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_resume_refuses_flags_that_contradict_the_run_and_names_both_values(capsys, trained_run):
+    for flag, value, saved in (("--codebook-size", 64, 32), ("--dataset", "mnist", "digits"), ("--width", 9, 8)):
+        printed = refusal(capsys, "--resume", trained_run, flag, value)
+        assert f"{flag} is {value}, but the run in {trained_run} has {saved}" in printed
+    assert "has done its 30 steps; give more with --steps" in refusal(capsys, "--resume", trained_run)
+    assert "leave out --out-dir" in refusal(capsys, "--resume", trained_run, "--steps", 40, "--out-dir", "elsewhere")
+
+
+def test_a_save_that_dies_halfway_leaves_the_checkpoint_whole(trained_run, monkeypatch):
+    before = checkpoint.load_checkpoint(trained_run)
+
+    def half_save(state, file):
+        file.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", half_save)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save_checkpoint(trained_run, {})
+    assert same_state(checkpoint.load_checkpoint(trained_run), before)
+
+
+def test_help_has_a_line_for_every_flag(capsys):
+    with pytest.raises(SystemExit) as done:
+        script.parse_args(["--help"])
+    assert done.value.code == 0 and "--codebook-size" in capsys.readouterr().out
