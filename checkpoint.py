@@ -1,30 +1,39 @@
 """A run's folder: what it holds, how an earlier run makes way, and checkpoints that are never half written."""
 
 import contextlib
+import io
 import os
-import pickle
-import sys
+import shutil
 import time
 import zipfile
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from model import VQVAE, build_model
+from process import fail
 
 FORMAT = 1
-CHECKPOINT = "checkpoint.pt"
-RUN_FILES = (CHECKPOINT, "metrics.csv", "summary.json", "evaluation.json", "curves.png", "codebook.png", "recon_*.png")
+CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint_previous.pt"
+CONTENTS = ("args", "image_shape", "model", "optimizer", "progress", "random")
+RUN_FILES = (CHECKPOINT, PREVIOUS, "metrics.csv", "*.json", "curves.png", "codebook.png", "recon_*.png")
 
 
-@contextlib.contextmanager
-def user_errors():
-    """Turn what a user can mend, ValueError and OSError, into one line on stderr and exit code 2."""
+def writable_folder(path: str | Path) -> Path:
+    """Make the folder if it is not there, and check that files can be written to it.
+
+    Raises:
+        OSError: it cannot be made or written to.
+    """
+    folder = Path(path)
     try:
-        yield
-    except (ValueError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(f"{folder} is, or is inside, a file, and needs to be a folder") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"cannot write to the folder {folder}; change its permissions or choose another")
+    return folder
 
 
 def prepare_folder(out_dir: str | Path) -> Path:
@@ -33,10 +42,7 @@ def prepare_folder(out_dir: str | Path) -> Path:
     Raises:
         OSError: the folder cannot be made or written to.
     """
-    folder = Path(out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(f"cannot write to {folder}; choose another folder with --out-dir")
+    folder = writable_folder(out_dir)
     earlier = [path for pattern in RUN_FILES for path in folder.glob(pattern)]
     if earlier:
         newest = max(path.stat().st_mtime for path in earlier)
@@ -50,14 +56,41 @@ def prepare_folder(out_dir: str | Path) -> Path:
     return folder
 
 
+def write_whole(path: Path, content: bytes):
+    """Write a file so that it holds either what it held before or all of `content`, whenever the process dies."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):  # of a full disk, give back what was taken
+            temporary.unlink(missing_ok=True)
+        raise
+
+
 def save_checkpoint(folder: Path, state: dict):
-    """Write `state` to the run's checkpoint; whenever the process dies, a whole checkpoint is there."""
-    temporary = folder / (CHECKPOINT + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save({"format": FORMAT, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / CHECKPOINT)
+    """Write `state` to the run's checkpoint, and keep the one before it.
+
+    Raises:
+        OSError: it cannot be written; the last checkpoint is still there.
+        FloatingPointError: the model holds NaN or infinite values.
+    """
+    if not all(value.isfinite().all() for value in state["model"].values()):
+        raise FloatingPointError("the model's weights are NaN or infinite; lower the learning rate")
+    content = io.BytesIO()  # written in one go, so that a full disk is an OSError
+    torch.save({"format": FORMAT, **state}, content)
+    if (folder / CHECKPOINT).exists():
+        copy = folder / (PREVIOUS + ".tmp")
+        copy.unlink(missing_ok=True)
+        try:
+            os.link(folder / CHECKPOINT, copy)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(folder / CHECKPOINT, copy)
+        os.replace(copy, folder / PREVIOUS)
+    write_whole(folder / CHECKPOINT, content.getbuffer())
 
 
 def load_checkpoint(folder: str | Path) -> dict:
@@ -66,17 +99,32 @@ def load_checkpoint(folder: str | Path) -> dict:
     Raises:
         ValueError: there is no checkpoint, it is damaged or foreign, or it is from a newer version.
     """
-    path = Path(folder, CHECKPOINT)
-    if not path.is_file():
-        raise ValueError(f"{folder} holds no {CHECKPOINT}; name the folder of a run that saved one")
+    path, previous = Path(folder, CHECKPOINT), Path(folder, PREVIOUS)
     try:
+        return read_checkpoint(path)
+    except ValueError as error:
+        try:
+            step = read_checkpoint(previous)["progress"]["step"]
+        except ValueError:
+            raise error from None
+        raise ValueError(f"{error}; to go on from step {step} instead: cp {previous} {path}") from error
+
+
+def read_checkpoint(path: Path) -> dict:
+    if not path.is_file():
+        raise ValueError(f"{path.parent} holds no {path.name}; name the folder of a run that saved one")
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.save writes a zip archive, and torch.load skips its checksums
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} fails its checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, ValueError, OSError) as error:
-        raise ValueError(f"{path} is damaged or not a checkpoint ({type(error).__name__}); name another run") from error
-    if not isinstance(state, dict) or not isinstance(state.get("format"), int):
-        raise ValueError(f"{path} is not a checkpoint of this project; name the folder of a run")
-    if state["format"] > FORMAT:
+    except Exception as error:  # bytes gone wrong surface as almost any exception
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is damaged or not a checkpoint ({reason})") from error
+    if isinstance(state, dict) and isinstance(state.get("format"), int) and state["format"] > FORMAT:
         raise ValueError(f"{path} has format {state['format']}, this version reads up to {FORMAT}; update the project")
+    if not isinstance(state, dict) or not state.keys() >= {"format", *CONTENTS}:
+        raise ValueError(f"{path} is not a checkpoint of this project; name the folder of a run")
     return state
 
 
@@ -85,3 +133,30 @@ def load_model(checkpoint: dict, device: torch.device | str = "cpu") -> VQVAE:
     model = build_model(checkpoint["args"], checkpoint["image_shape"])
     model.load_state_dict(checkpoint["model"])
     return model.to(device, memory_format=torch.channels_last).eval()
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        state[device.type] = torch.get_device_module(device).get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Tensor], device: torch.device):
+    torch.set_rng_state(state["cpu"])
+    if device.type in state and device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(state[device.type])
+
+
+@contextlib.contextmanager
+def run_errors(folder: Path, progress: dict):
+    """End a run that diverged or cannot write with one line that names its last checkpoint, and exit code 1."""
+    try:
+        yield
+    except (OSError, FloatingPointError) as error:
+        kind = "diverged" if isinstance(error, FloatingPointError) else "cannot write"
+        message = f"{kind} after step {progress['step']}: {error}"
+        with contextlib.suppress(ValueError):
+            saved = load_checkpoint(folder)["progress"]["step"]
+            message += f"; the checkpoint of step {saved} is whole, to go on: python train.py --resume {folder}"
+        fail(message, code=1)

@@ -7,6 +7,7 @@ Shapes: N images, B batch, C channels
 
 import functools
 import http.client
+import socket
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -52,14 +53,19 @@ def load_dataset(name: str, data_dir: str | Path) -> Dataset:
     if name == "digits":
         return load_digits_28()
     source = TORCHVISION[name]
+    check_files(source, data_dir)  # before torchvision reads them: what it makes of broken ones names none
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # seconds without an answer
     try:
-        source(data_dir, download=True)
-    except (OSError, RuntimeError, ValueError, AssertionError, http.client.HTTPException) as error:
-        check_files(source, data_dir)  # a broken file says more than what torchvision made of it
+        train = source(data_dir, download=True)
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        check_files(source, data_dir, archives=True)
         reason = " ".join(str(error).split())
         raise Unavailable(f"{name} is not in {data_dir} and cannot be downloaded ({reason})") from error
+    finally:
+        socket.setdefaulttimeout(timeout)
     check_files(source, data_dir)
-    train, test = source(data_dir, train=True), source(data_dir, train=False)
+    test = source(data_dir, train=False)
     return Dataset(name, train.data[:, None], train.targets, test.data[:, None], test.targets)
 
 
@@ -72,15 +78,20 @@ def load_digits_28() -> Dataset:
     return Dataset("digits", images[:1500], labels[:1500], images[1500:], labels[1500:])
 
 
-def check_files(source: type[datasets.MNIST], data_dir: str | Path):
-    """Raise ValueError naming the first of the four files that is truncated or corrupt; missing files are no error."""
+def check_files(source: type[datasets.MNIST], data_dir: str | Path, archives: bool = False):
+    """Raise ValueError naming the first of the four files that is truncated or corrupt; missing files are no error.
+
+    With `archives`, a damaged archive of a missing file counts as well.
+    """
     folder = Path(data_dir, source.__name__, "raw")
     counts = {}
     for archive, archive_md5 in source.resources:
         path = folder / archive.removesuffix(".gz")
-        if not path.is_file():
-            continue
         remedy = f"delete {path} and {path.name}.gz, and run again to download them"
+        if not path.is_file():
+            if archives and (folder / archive).is_file() and not check_integrity(folder / archive, archive_md5):
+                raise ValueError(f"{folder / archive} is truncated or corrupt; {remedy}")
+            continue
         counts[path.name] = check_idx(path, remedy)
         if source is datasets.MNIST:
             intact = calculate_md5(path) == MNIST_MD5[path.name]

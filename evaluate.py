@@ -6,15 +6,15 @@ standard deviation 1.5, over the positions where it lies inside the image.
 
 import argparse
 import json
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoint import load_checkpoint, load_model, user_errors
+from checkpoint import load_checkpoint, load_model, writable_folder, write_whole
 from data import load_dataset, to_pixels
 from model import VQVAE
+from process import pick_device, user_errors
 from quantizer import perplexity
 
 
@@ -66,7 +66,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--run", default="results", help="folder of the run")
-    parser.add_argument("--data-dir", help="folder of the data set; None is the one it was trained from")
+    parser.add_argument("--data-dir", help="folder of the data set, if it is not where it was for training")
     return parser.parse_args(argv)
 
 
@@ -75,10 +75,10 @@ def main(args: argparse.Namespace):
         checkpoint = load_checkpoint(args.run)
         trained_with = checkpoint["args"]
         data = load_dataset(trained_with["dataset"], args.data_dir or trained_with["data_dir"])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    measured, _ = evaluate(load_model(checkpoint, device), data.test_images)
+        folder = writable_folder(args.run)
+    measured, _ = evaluate(load_model(checkpoint, pick_device()[0]), data.test_images)
     text = json.dumps({"dataset": data.name, "step": checkpoint["progress"]["step"], **measured}, indent=2)
-    Path(args.run, "evaluation.json").write_text(text + "\n")
+    write_whole(folder / "evaluation.json", (text + "\n").encode())
     print(text)
 
 

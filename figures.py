@@ -47,7 +47,7 @@ def save_curves(path: Path, metrics: Path, title: str):
         style = {"linestyle": "--"} if name == "commitment_loss" else {}  # it lies on the codebook loss
         losses.plot(*series(name), label=name.replace("_", " "), **style)
     losses.set(title="training losses (unweighted)", yscale="log")
-    test.plot(*series("test_mse"), marker="o", color="tab:red", label="test MSE, pixels in [0, 1]")
+    test.plot(*series("test_mse"), marker="o", color="tab:red", label="test MSE of the first 1,000, pixels in [0, 1]")
     test.set(title="reconstruction of held-out images", yscale="log")
     codes.plot(*series("codes_used"), label="codes used")
     codes.plot(*series("perplexity"), label="perplexity")
@@ -81,7 +81,8 @@ def save_codebook(path: Path, codebook: Tensor, counts: Tensor, z_e: Tensor, tit
         plane.scatter(*points[~used].T, s=14, marker="x", color="tab:red", label="unused codes")
     share = pca.explained_variance_ratio_.sum()
     plane.set(title=f"codes among the encoder's outputs (PCA, {share:.0%} of the variance)", xticks=[], yticks=[])
-    plane.legend()
+    for mark in plane.legend().legend_handles:
+        mark.set_sizes([20])
     histogram.bar(np.arange(len(counts)), np.sort(counts)[::-1] / max(counts.sum(), 1), width=1.0)
     histogram.axhline(1 / len(counts), color="black", linestyle="--", linewidth=1, label="if all were used equally")
     histogram.set(title=f"{used.sum()} of {len(counts)} codes used", xlabel="codes, most used first")

@@ -79,7 +79,7 @@ class VQVAE(nn.Module):
 
     Args:
         channels: of the images, C.
-        image_size: (H, W) that `decode` crops to; `encode` and `forward` take any size.
+        image_size: (H, W) of the training images, for `decode`; `encode` and `forward` take any size.
         codebook_size, code_dim: K and D.
         width: channels of the convolutions.
         blocks: residual blocks in the encoder, and as many in the decoder.
@@ -121,13 +121,21 @@ class VQVAE(nn.Module):
         x = (x - self.mean) / self.std
         return self.encoder(F.pad(x, (0, right, 0, bottom), mode="replicate") if bottom or right else x)
 
+    @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
         """Return the codes of images: indices (B, h, w)."""
         return self.quantizer.encode(self.z_e(x))
 
     def decode(self, indices: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """Return the images of codes, in [0, 1], cropped to `size` (default: the model's `image_size`)."""
-        return self._pixels(self.quantizer.lookup(indices), size or self.image_size).clamp(0, 1)
+        """Return the images of codes, in [0, 1], cropped to `size`.
+
+        Without it they are cropped to the model's `image_size`, if they have as many codes as its images.
+        """
+        if size is None:
+            grid = tuple(-(-length // STRIDE) for length in self.image_size)
+            whole = tuple(length * STRIDE for length in indices.shape[-2:])
+            size = self.image_size if indices.shape[-2:] == grid else whole
+        return self._pixels(self.quantizer.lookup(indices), size).clamp(0, 1)
 
     def _pixels(self, z_q: Tensor, size: tuple[int, int]) -> Tensor:
         x = self.decoder(z_q)[..., : size[0], : size[1]]

@@ -14,6 +14,7 @@ Source: VQ-VAE, arXiv 1711.00937; equations 1 and 2 (nearest code), 3 (objective
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -40,6 +41,8 @@ class VectorQuantizer(nn.Module):
 
     The channels are the space of the codes and every other dimension is flattened: z_e of shape [16, 64, 32, 32] is
     16,384 vectors of size 64. Train mode also updates the codebook, after the lookup; eval mode changes nothing.
+    Where torch.distributed is initialised, the codebook learns in train mode from the vectors of all processes, which
+    may hold different numbers of them, and stays the same in each.
 
     The codes learn from `codebook_loss` through the optimiser, or with `ema=True` by moving averages of the vectors
     that chose them (appendix A.1), and then `codebook_loss` has no gradient. N_k <- decay N_k + (1 - decay) n_k and
@@ -86,27 +89,25 @@ class VectorQuantizer(nn.Module):
         """Quantize z_e (B, D, *spatial); z_q has its shape and dtype. An empty batch gives empties and zero losses.
 
         Raises:
-            ValueError: z_e has another number of channels, is not floating point, or holds NaN or infinite values.
+            ValueError: z_e has another number of channels or is not floating point.
+            FloatingPointError: z_e holds NaN or infinite values; the codebook is left as it was.
         """
         z = self._flatten(z_e)
-        with torch.autocast(z.device.type, enabled=False):
-            learning = self.training and len(z) > 0
-            if learning and self.started < self.codebook_size:
-                self._start(z.detach())
-            indices = nearest_code(z.detach(), self.codebook.detach())
-            codes = F.embedding(indices, self.codebook)
-            codebook_loss = (codes - z.detach()).square().sum() / max(z.numel(), 1)
-            commitment_loss = (z - codes.detach()).square().sum() / max(z.numel(), 1)
-            if learning:
-                self._update(z.detach(), indices)
-            z_q = codes.detach() + (z - z.detach())  # exactly the codes, with the gradient of z
+        learning = self.training and (len(z) > 0 or processes() > 1)
+        if learning and self.started < self.codebook_size:
+            self._start(z.detach())
+        indices = nearest_code(z.detach(), self.codebook.detach())
+        codes = F.embedding(indices, self.codebook)
+        codebook_loss = (codes - z.detach()).square().sum() / max(z.numel(), 1)
+        commitment_loss = (z - codes.detach()).square().sum() / max(z.numel(), 1)
+        if learning:
+            self._update(z.detach(), indices)
+        z_q = codes.detach() + (z - z.detach())  # exactly the codes, with the gradient of z
         return Quantized(self._unflatten(z_q, z_e), self._unflatten(indices, z_e), codebook_loss, commitment_loss)
 
     def encode(self, z_e: Tensor) -> Tensor:
         """Return the indices (B, *spatial) of z_e's nearest codes; changes nothing in train mode either."""
-        z = self._flatten(z_e.detach())
-        with torch.autocast(z.device.type, enabled=False):
-            return self._unflatten(nearest_code(z, self.codebook.detach()), z_e)
+        return self._unflatten(nearest_code(self._flatten(z_e.detach()), self.codebook.detach()), z_e)
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Return the codes (B, D, *spatial) of indices (B, *spatial).
@@ -129,7 +130,7 @@ class VectorQuantizer(nn.Module):
         Call it between `backward` and `optimizer.step` when the codes learn from `codebook_loss`.
         """
         for moment in optimizer.state.get(self.codebook, {}).values():
-            if moment.shape == self.codebook.shape:
+            if torch.is_tensor(moment) and moment.shape == self.codebook.shape:
                 moment.masked_fill_(self.revived[:, None], 0)
         self.revived.zero_()
 
@@ -144,7 +145,7 @@ class VectorQuantizer(nn.Module):
         z = z_e.movedim(1, -1).reshape(-1, self.code_dim).float()
         if not largest(z.detach()).isfinite():
             bad = int((~z.isfinite()).sum())
-            raise ValueError(f"{bad} of {z.numel()} values of z_e are NaN or infinite; lower the learning rate")
+            raise FloatingPointError(f"{bad} of {z.numel()} values of z_e are NaN or infinite; lower the learning rate")
         return z
 
     def _unflatten(self, flat, z_e):  # (N, D) -> (B, D, *spatial) as z_e's dtype, or (N,) -> (B, *spatial)
@@ -153,6 +154,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def _start(self, z):
+        z = gather(z)
         distinct = z.unique(dim=0)  # equal vectors, as of an image's empty margin, would be one code many times over
         first = int(self.started)
         chosen = torch.randperm(len(distinct), device=z.device)[: self.codebook_size - first]
@@ -162,28 +164,38 @@ class VectorQuantizer(nn.Module):
         self.started.fill_(last)
         if last == self.codebook_size:
             for _ in range(KMEANS_ITERATIONS):
-                counts, sums = self._assign(z, nearest_code(z, self.codebook))
-                self.codebook.copy_(torch.where(counts[:, None] > 0, sums / counts[:, None], self.codebook))
+                indices = nearest_code(z, self.codebook)
+                counts = self.count(indices)[:, None]
+                self.codebook.copy_(torch.where(counts > 0, self._sums(z, indices) / counts, self.codebook))
+        if processes() > 1:
+            dist.broadcast(self.codebook.data, src=0)  # the random choice of the first process
 
     @torch.no_grad()
     def _update(self, z, indices):
-        counts, sums = self._assign(z, indices)
+        counts = self.count(indices).float()
+        if processes() > 1:
+            dist.all_reduce(counts)
         self.ema_counts.lerp_(counts, 1 - self.decay)
         if self.ema:
+            sums = self._sums(z, indices)
+            if processes() > 1:
+                dist.all_reduce(sums)
             rate = (1 - self.decay) / self.ema_counts.clamp(min=1e-30)
             self.codebook += rate[:, None] * (sums - counts[:, None] * self.codebook)
         fair = self.ema_counts.mean()
         dead = (self.ema_counts < self.revive_below * fair) & (counts == 0)
-        if dead.any():
-            chosen = torch.randint(len(z), (int(dead.sum()),), device=z.device)
-            self.codebook[dead] = z[chosen]
-            self.ema_counts[dead] = fair  # time to find users, and with `ema` the inertia of an average code
-            self.revived |= dead
+        if dead.any() and counts.any():
+            distinct = gather(z).unique(dim=0)
+            chosen = torch.randperm(len(distinct), device=z.device)
+            if processes() > 1:
+                dist.broadcast(chosen, src=0)
+            moved = dead.nonzero()[: len(distinct), 0]
+            self.codebook[moved] = distinct[chosen[: len(moved)]]
+            self.ema_counts[moved] = fair  # time to find users, and with `ema` the inertia of an average code
+            self.revived[moved] = True
 
-    def _assign(self, z, indices):
-        """Return how many vectors chose each code, (K,), and their sums, (K, D)."""
-        counts = torch.zeros_like(self.ema_counts).index_add_(0, indices, torch.ones_like(z[:, 0]))
-        return counts, torch.zeros_like(self.codebook).index_add_(0, indices, z)
+    def _sums(self, z, indices):  # of the vectors that chose each code, (K, D)
+        return torch.zeros_like(self.codebook).index_add_(0, indices, z)
 
 
 def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
@@ -194,6 +206,12 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
     """
     if not 1e-15 < max(largest(z), largest(codebook)) < 1e15:
         z, codebook = z.double(), codebook.double()  # float32 cannot hold the squares
+    # Far from the origin ||e_k||^2 would drown the differences between codes, so that goes to their middle; rounded to
+    # a power of two above their spread, lest the shift itself lose digits and with them exact ties.
+    middle = codebook.mean(0)
+    step = torch.exp2(largest(codebook - middle).clamp(min=1e-30).log2().ceil())
+    middle = (middle / step).round() * step
+    z, codebook = z - middle, codebook - middle
     half_square = codebook.square().sum(1) / 2
     rows = max(1, min(len(z), LOOKUP_ELEMENTS // len(codebook)))
     distances = z.new_empty(rows, len(codebook))  # one buffer for all chunks
@@ -209,7 +227,24 @@ def largest(values: Tensor) -> Tensor:
     return values.abs().amax() if values.numel() else values.new_zeros(())
 
 
+def processes() -> int:
+    """Return how many processes train together now."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def gather(z: Tensor) -> Tensor:
+    """Return the vectors (N, D) of all processes in the order of their ranks, whatever each one's N."""
+    if processes() == 1:
+        return z
+    sizes = [torch.zeros(1, dtype=torch.int64, device=z.device) for _ in range(processes())]
+    dist.all_gather(sizes, torch.tensor([len(z)], device=z.device))
+    padded = F.pad(z, (0, 0, 0, int(max(sizes)) - len(z)))
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(size)] for part, size in zip(parts, sizes)])
+
+
 def perplexity(counts: Tensor) -> Tensor:
     """Return exp(entropy) of the codes' shares: the number of equally used codes that would carry as much."""
-    share = counts.double() / counts.sum().clamp(min=1)
+    share = counts.cpu().double() / counts.sum().clamp(min=1).cpu()
     return torch.special.entr(share).sum().exp()

@@ -8,23 +8,36 @@ import argparse
 import csv
 import json
 import math
+import os
 import signal
 import sys
 import time
 from pathlib import Path
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import figures
-from checkpoint import load_checkpoint, prepare_folder, save_checkpoint, user_errors
+from checkpoint import (
+    CHECKPOINT,
+    load_checkpoint,
+    prepare_folder,
+    random_state,
+    run_errors,
+    save_checkpoint,
+    set_random_state,
+    writable_folder,
+    write_whole,
+)
 from data import NAMES, Dataset, Unavailable, batch_indices, channel_stats, load_dataset, to_pixels
 from evaluate import evaluate
 from model import VQVAE, build_model
+from process import catch_signals, from_rank_0, join_processes, memory_of, pick_device, user_errors
 from quantizer import perplexity
 
-COLUMNS = ("step", "recon_loss", "codebook_loss", "commitment_loss", "codes_used", "perplexity", "test_mse")
+COLUMNS = ("step", "recon_loss", "codebook_loss", "commitment_loss", "codes_used", "perplexity", "test_mse", "dataset")
 RESUME_MAY_CHANGE = {"steps", "save_every", "log_every", "data_dir", "device", "precision", "out_dir", "resume"}
 CODEBOOK_IMAGES = 100  # test images whose encoder outputs are drawn behind the codes
 RECON_IMAGES = figures.COLUMNS * figures.ROWS
@@ -37,7 +50,8 @@ def number(kind: type, low: float, below: float = math.inf):
     def parse(text):
         value = kind(text)
         if not low <= value < below:
-            raise argparse.ArgumentTypeError(f"{text} must be at least {low} and below {below}")
+            bound = f" and below {below}" if below < math.inf else ", and finite"
+            raise argparse.ArgumentTypeError(f"{text} must be at least {low}{bound}")
         return value
 
     parse.__name__ = kind.__name__  # what argparse calls it in its own messages
@@ -51,27 +65,36 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     switch = argparse.BooleanOptionalAction
-    positive, rate, share = number(int, 1), number(float, 0), number(float, 0, 1)
+    positive, rate, share = number(int, 1, 2**31), number(float, 0), number(float, 0, 1)
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", choices=NAMES, help="None is mnist, or digits where mnist cannot be had")
+    names = ("auto", *NAMES)
+    group.add_argument("--dataset", choices=names, default="auto", help="auto: mnist, or digits if it cannot be had")
     group.add_argument("--data-dir", default="data", help="folder that data sets are kept in and downloaded to")
     group = parser.add_argument_group("model")
     group.add_argument("--codebook-size", type=positive, default=512, help="K, number of codes")
     group.add_argument("--code-dim", type=positive, default=64, help="D, size of a code")
     group.add_argument("--width", type=positive, default=64, help="channels of the convolutions")
-    group.add_argument("--blocks", type=positive, default=2, help="residual blocks in the encoder, and in the decoder")
+    group.add_argument("--blocks", type=number(int, 1, 1000), default=2, help="residual blocks in encoder and decoder")
     group = parser.add_argument_group("codebook")
     group.add_argument("--beta", type=rate, default=0.25, help="weight of the commitment loss")
     group.add_argument("--ema", action=switch, default=False, help="learn the codes by moving averages, not by a loss")
-    group.add_argument("--decay", type=share, default=0.99, help="of the moving averages")
+    group.add_argument(
+        "--decay", type=share, default=0.99, help="moving averages keep this share of themselves per step"
+    )
     group.add_argument("--kmeans-start", action=switch, default=True, help="start the codes from k-means")
-    group.add_argument("--revive-below", type=share, default=0.03, help="share of fair use that is dead; 0: no revival")
+    group.add_argument(
+        "--revive-below", type=share, default=0.03, help="revive codes used less than this share of the mean; 0: none"
+    )
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--steps", type=positive, default=10_000, help="of training; the learning rate falls to 0 there")
+    group.add_argument(
+        "--steps", type=positive, default=10_000, help="training steps in all; the learning rate falls to 0 there"
+    )
     group.add_argument("--batch-size", type=positive, default=32, help="images per step")
     group.add_argument("--lr", type=rate, default=4e-3, help="highest learning rate of encoder and decoder")
     group.add_argument("--codebook-lr", type=rate, default=4e-2, help="highest learning rate of the codes")
-    group.add_argument("--seed", type=number(int, 0, 2**63), default=0, help="of everything random")
+    group.add_argument(
+        "--seed", type=number(int, 0, 2**63), default=0, help="seed of the weights, the batches and the codes"
+    )
     group = parser.add_argument_group("run")
     group.add_argument("--out-dir", default="results", help="folder for all output; an earlier run in it is kept")
     group.add_argument(
@@ -82,10 +105,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument("--save-every", type=positive, default=1000, help="steps between pictures and checkpoints")
     group.add_argument("--log-every", type=positive, default=100, help="steps between lines of metrics.csv")
-    group.add_argument("--device", choices=("cpu", "cuda", "mps"), help="None is the best one at hand")
-    group.add_argument("--precision", choices=("float32", "bfloat16"), help="of convolutions; None is the faster one")
+    devices, precisions = ("auto", "cuda", "mps", "cpu"), ("auto", "float32", "bfloat16")
+    group.add_argument("--device", choices=devices, default="auto", help="auto: the first of these that is there")
+    group.add_argument("--precision", choices=precisions, default="auto", help="of convolutions; auto: the faster one")
     args = parser.parse_args(argv)
-    if args.resume:
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, after a process died
+    if restarted and Path(args.out_dir, CHECKPOINT).exists():
+        args.resume = args.out_dir if args.resume is None else args.resume
+    if args.resume is not None:
         args = resumed_args(parser, argv, args.resume)
     return args
 
@@ -97,7 +124,7 @@ def resumed_args(parser: argparse.ArgumentParser, argv: list[str] | None, run: s
     except ValueError as error:
         parser.error(str(error))
     saved = checkpoint["args"]
-    parser.set_defaults(**saved | {"out_dir": run})
+    parser.set_defaults(**saved | {"out_dir": run, "resume": run})
     args = parser.parse_args(argv)
     if args.out_dir != run:
         parser.error(f"--out-dir {args.out_dir}: a resumed run goes on in its own folder, {run}; leave out --out-dir")
@@ -112,102 +139,108 @@ def resumed_args(parser: argparse.ArgumentParser, argv: list[str] | None, run: s
 
 def main(args: argparse.Namespace):
     with user_errors():
+        folder = writable_folder(args.out_dir)
         device, precision = pick_device(args.device, args.precision)
-        data = load_data(args)
-        if args.batch_size > len(data.train_images):
-            raise ValueError(f"--batch-size {args.batch_size} is above the {len(data.train_images)} training images")
-        checkpoint = load_checkpoint(args.resume) if args.resume else None
-        folder = Path(args.resume) if args.resume else prepare_folder(args.out_dir)
+        rank, ranks = join_processes(device)
+        data = load_data(args, rank)
+        n = len(data.train_images)
+        if not ranks <= args.batch_size <= n:
+            raise ValueError(f"--batch-size {args.batch_size} is not from {ranks} (processes) to {n} (training images)")
+        resuming = args.resume is not None
+        image_shape = tuple(data.train_images.shape[1:])
+        check_memory(args, image_shape, device)
+        checkpoint = load_checkpoint(folder) if resuming else None
+        if rank == 0 and not resuming:
+            prepare_folder(folder)
     torch.manual_seed(args.seed)
-    image_shape = tuple(data.train_images.shape[1:])
     mean, std = channel_stats(data.train_images)
     model = build_model(vars(args), image_shape, mean=mean, std=std)
     model.to(device, memory_format=torch.channels_last).train()
     networks = [*model.encoder.parameters(), *model.decoder.parameters()]
     groups = [{"params": networks}, {"params": list(model.quantizer.parameters())}]  # the second is empty with --ema
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
-    # The steps and seconds done, and the sums since the step last logged, which the next line of metrics.csv averages.
-    progress = {"step": 0, "seconds": 0.0, "logged": 0}
-    progress |= {"losses": torch.zeros(3), "counts": torch.zeros(args.codebook_size)}
+    # What is done, and the sums of the three losses and of each code's uses since the step last logged.
+    progress = {"step": 0, "seconds": 0.0, "logged": 0, "sums": torch.zeros(3 + args.codebook_size)}
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         set_random_state(checkpoint["random"], device)
         progress = checkpoint["progress"]
-    progress |= {"losses": progress["losses"].to(device), "counts": progress["counts"].to(device)}
-    trim_metrics(folder / "metrics.csv", progress["step"])
-
+    progress["sums"] = progress["sums"].to(device)
+    forward = DistributedDataParallel(model, broadcast_buffers=False) if ranks > 1 else model
     images = data.train_images.to(device)
-    print(f"training on {len(images):,} images of {data.name}, on {device.type} in {precision}", flush=True)
-    bar = tqdm(total=args.steps, initial=progress["step"], disable=not sys.stderr.isatty(), dynamic_ncols=True)
     signals = catch_signals()
-    began = time.perf_counter() - progress["seconds"]
-    for step in range(progress["step"] + 1, args.steps + 1):
-        for group, highest in zip(optimizer.param_groups, (args.lr, args.codebook_lr)):
-            group["lr"] = highest * schedule(step, args.steps)
-        batch = batch_indices(len(images), args.batch_size, args.seed, step - 1)
-        x = to_pixels(images[batch.to(device)], device)
 
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            out = model(x)
-        recon_loss = ((out.x_recon - x) / model.std).square().mean()  # of normalised images
-        loss = recon_loss + out.codebook_loss + args.beta * out.commitment_loss  # arXiv 1711.00937, equation 3
-        optimizer.zero_grad()
-        loss.backward()
-        model.quantizer.reset_revived(optimizer)
-        optimizer.step()
+    def save():
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": random_state(device)}
+        save_checkpoint(folder, state | {"args": vars(args), "image_shape": image_shape, "progress": progress})
 
-        progress["losses"] += torch.stack([recon_loss, out.codebook_loss, out.commitment_loss]).detach()
-        progress["counts"] += model.quantizer.count(out.indices)
-        progress |= {"step": step, "seconds": time.perf_counter() - began}
-        bar.update()
-        saving = step % args.save_every == 0 or step == args.steps
-        if saving or step % args.log_every == 0:
-            test_mse = evaluate(model, data.test_images[:CURVE_IMAGES])[0]["test_mse"] if saving else None
-            log(folder / "metrics.csv", args, progress, test_mse, bar)
-        if saving:
-            save_pictures(folder, model, data, step)
-        if step == args.steps:
-            measured = finish(folder, args, model, data, progress, began)
-        if saving or signals:  # last of all, so that whatever a checkpoint counts as done is on disk
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": random_state(device)}
-            save_checkpoint(folder, state | {"args": vars(args), "image_shape": image_shape, "progress": progress})
-        if signals and step < args.steps:
-            bar.close()
-            print(f"stopped at step {step}; to go on: python train.py --resume {folder}", flush=True)
-            sys.exit(128 + signals[0])
-    bar.close()
-    print(
-        f"{data.name}: test MSE {measured['test_mse']:.5f}, PSNR {measured['test_psnr']:.2f} dB, "
-        f"{measured['codes_used']} of {args.codebook_size} codes used, "
-        f"{progress['seconds']:.0f} s; pictures and summary.json are in {folder}"
-    )
+    with run_errors(folder, progress):
+        if rank == 0:
+            print(f"training on {n:,} images of {data.name}, on {device.type} in {precision}", flush=True)
+            trim_metrics(folder, progress["step"])
+            if not checkpoint:
+                save()  # so that there is something to resume from the first step on
+        hidden = rank > 0 or not (sys.stderr.isatty() and sys.stdout.isatty())
+        bar = tqdm(total=args.steps, initial=progress["step"], disable=hidden, dynamic_ncols=True)
+        began = time.perf_counter() - progress["seconds"]
+        for step in range(progress["step"] + 1, args.steps + 1):
+            for group, highest in zip(optimizer.param_groups, (args.lr, args.codebook_lr)):
+                group["lr"] = highest * schedule(step, args.steps)
+            batch = batch_indices(n, args.batch_size, args.seed, step - 1).tensor_split(ranks)[rank]
+            x = to_pixels(images[batch.to(device)], device)
+
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                out = forward(x)
+            recon_loss = ((out.x_recon - x) / model.std).square().mean()  # of normalised images
+            loss = recon_loss + out.codebook_loss + args.beta * out.commitment_loss  # arXiv 1711.00937, equation 3
+            share = len(batch) / args.batch_size  # 1, or what of the batch is on this rank
+            optimizer.zero_grad()
+            (loss * (share * ranks)).backward()  # DistributedDataParallel then averages over the ranks
+            model.quantizer.reset_revived(optimizer)
+            optimizer.step()
+
+            losses = torch.stack([recon_loss, out.codebook_loss, out.commitment_loss]).detach() * share
+            stops = losses.new_tensor([len(signals)])
+            sums = torch.cat([losses, model.quantizer.count(out.indices), stops])
+            if ranks > 1:
+                dist.all_reduce(sums)
+            stopping = bool(sums[-1]) if ranks > 1 else bool(signals)  # at the same step on every rank
+            saving = step % args.save_every == 0 or step == args.steps
+            progress["sums"] += sums[:-1]
+            progress |= {"step": step, "seconds": time.perf_counter() - began}
+            bar.update()
+            if not (saving or stopping or step % args.log_every == 0):
+                continue
+            if not progress["sums"].isfinite().all():
+                raise FloatingPointError("a loss is NaN or infinite; lower the learning rate")
+            if rank == 0 and (saving or step % args.log_every == 0):
+                test_mse = evaluate(model, data.test_images[:CURVE_IMAGES])[0]["test_mse"] if saving else None
+                log(folder, args, progress, test_mse, bar)
+            if rank == 0 and saving:
+                save_pictures(folder, model, data, step)
+            if rank == 0 and step == args.steps:
+                finish(folder, args, model, data, progress, bar)
+            if rank == 0 and (saving or stopping):
+                save()  # last of all, so that whatever a checkpoint counts as done is on disk
+            if stopping and step < args.steps:
+                bar.close()
+                if rank == 0:
+                    print(f"stopped at step {step}; to go on: python train.py --resume {folder}", flush=True)
+                sys.exit(128 + (signals or [signal.SIGTERM])[0])
 
 
-def pick_device(device: str | None, precision: str | None) -> tuple[torch.device, str]:
-    """Choose the fastest device, and bfloat16 where it has hardware for it.
+def load_data(args: argparse.Namespace, rank: int) -> Dataset:
+    """Load the data set asked for; where none was, MNIST, or else the embedded digits with a loud warning.
 
-    Raises:
-        ValueError: the device asked for is not there.
+    Rank 0 downloads and decides; the other processes take the data set that it took.
     """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    device = device or next(name for name in there if there[name])
-    if not there[device]:
-        raise ValueError(f"--device {device}: this machine has {', '.join(n for n in there if there[n])}")
-    if device == "cpu":  # where a processor emulates bfloat16 it is slower than float32
-        has = torch.cpu.get_capabilities()
-        fast_bfloat16 = has.get("avx512_bf16") or has.get("amx_bf16")
-    else:
-        fast_bfloat16 = device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
-    return torch.device(device), precision or ("bfloat16" if fast_bfloat16 else "float32")
-
-
-def load_data(args: argparse.Namespace) -> Dataset:
-    """Load the data set asked for; where none was, MNIST, or else the embedded digits with a loud warning."""
+    if rank > 0:
+        args.dataset = from_rank_0(None)
     try:
-        data = load_dataset(args.dataset or "mnist", args.data_dir)
+        data = load_dataset("mnist" if args.dataset == "auto" else args.dataset, args.data_dir)
     except Unavailable as error:
-        if args.dataset:
+        if args.dataset != "auto":
             raise ValueError(f"{error}; copy its files into {args.data_dir}, or name another --dataset") from error
         print(
             f"\n*** WARNING: {error}.\n*** Training on scikit-learn's 1,797 digits instead. To train on MNIST, connect "
@@ -217,7 +250,24 @@ def load_data(args: argparse.Namespace) -> Dataset:
         )
         data = load_dataset("digits", args.data_dir)
     args.dataset = data.name
+    if rank == 0:
+        from_rank_0(data.name)
     return data
+
+
+def check_memory(args: argparse.Namespace, image_shape: tuple, device: torch.device):
+    """Raise ValueError where the weights, their gradients and the optimiser's two moments cannot fit in memory."""
+    try:
+        with torch.device("meta"):  # sizes without memory
+            state = build_model(vars(args), image_shape).state_dict()
+        needed = 4 * 4 * sum(value.numel() for value in state.values())
+    except RuntimeError:  # too large to count
+        needed = math.inf
+    if needed > memory_of(device):
+        raise ValueError(
+            f"training this model takes {needed / 1e9:,.0f} GB or more and there are {memory_of(device) / 1e9:,.0f}; "
+            "make --codebook-size, --code-dim, --width or --blocks smaller"
+        )
 
 
 def schedule(step: int, steps: int) -> float:
@@ -226,32 +276,33 @@ def schedule(step: int, steps: int) -> float:
     return warm_up * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
 
 
-def log(metrics: Path, args: argparse.Namespace, progress: dict, test_mse: float | None, bar: tqdm):
+def log(folder: Path, args: argparse.Namespace, progress: dict, test_mse: float | None, bar: tqdm):
     """Append a line to metrics.csv: means since the line before it; show it in the bar, or print it without one."""
-    losses = (progress["losses"] / (progress["step"] - progress["logged"])).tolist()
-    counts = progress["counts"].cpu()
-    used, ppl = int((counts > 0).sum()), perplexity(counts).item()
-    row = [progress["step"], *losses, used, ppl, test_mse]
-    with open(metrics, "a", newline="") as file:
-        csv.writer(file).writerow(row)
+    losses = (progress["sums"][:3] / (progress["step"] - progress["logged"])).tolist()
+    counts = progress["sums"][3:].cpu()
+    used = int((counts > 0).sum())
+    with open(folder / "metrics.csv", "a", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerow(
+            [progress["step"], *losses, used, perplexity(counts).item(), test_mse, args.dataset]
+        )
     rate = progress["step"] * args.batch_size / progress["seconds"]
     shown = "recon {:.4f}, codebook {:.4f}, commitment {:.4f}".format(*losses)
     shown += f", codes used {used}/{args.codebook_size}, {rate:,.0f} images/s"
     if test_mse is not None:
-        shown += f", test MSE {test_mse:.5f}"
+        shown += f", test MSE {test_mse:.5f} ({CURVE_IMAGES:,} images)"
     bar.set_postfix_str(shown)
     if bar.disable:
         print(f"step {progress['step']}/{args.steps}: {shown}", flush=True)
-    progress["losses"].zero_()
-    progress["counts"].zero_()
+    progress["sums"].zero_()
     progress["logged"] = progress["step"]
 
 
-def trim_metrics(metrics: Path, step: int):
-    """Keep the lines of metrics.csv up to a step: a run that died after its last checkpoint does these again."""
-    lines = metrics.read_text().splitlines() if metrics.is_file() else []
-    kept = [line for line in lines[1:] if int(line.split(",")[0]) <= step]
-    metrics.write_text("\n".join([",".join(COLUMNS), *kept]) + "\n")
+def trim_metrics(folder: Path, step: int):
+    """Keep the whole lines of metrics.csv up to a step: what came after a checkpoint will be done again."""
+    path = folder / "metrics.csv"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    rows = [line for line in lines[1:] if line.count(",") == len(COLUMNS) - 1 and int(line.split(",")[0]) <= step]
+    write_whole(path, "\n".join([",".join(COLUMNS), *rows, ""]).encode())
 
 
 def save_pictures(folder: Path, model: VQVAE, data: Dataset, step: int):
@@ -265,45 +316,25 @@ def save_pictures(folder: Path, model: VQVAE, data: Dataset, step: int):
     figures.save_curves(folder / "curves.png", folder / "metrics.csv", title)
 
 
-def finish(folder: Path, args: argparse.Namespace, model: VQVAE, data: Dataset, progress: dict, began: float) -> dict:
-    """Measure the model on all test images, draw its codebook, and write summary.json."""
+def finish(folder: Path, args: argparse.Namespace, model: VQVAE, data: Dataset, progress: dict, bar: tqdm):
+    """Measure the model on all test images, draw its codebook, and write and print the summary."""
+    began = time.perf_counter()
     measured, counts = evaluate(model, data.test_images)
-    title = f"{data.name}, step {progress['step']:,}"
     with torch.inference_mode():
         z_e = model.z_e(to_pixels(data.test_images[:CODEBOOK_IMAGES], model.mean.device))
+    title = f"{data.name}, step {progress['step']:,}"
     figures.save_codebook(folder / "codebook.png", model.quantizer.codebook.detach(), counts, z_e, title)
-    progress["seconds"] = time.perf_counter() - began
+    progress["seconds"] += time.perf_counter() - began
     rate = progress["step"] * args.batch_size / progress["seconds"]
     summary = {"dataset": data.name, "steps": progress["step"], "seconds": progress["seconds"]}
     summary |= {"images_per_second": rate, **measured, "arguments": vars(args)}
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    return measured
-
-
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        state[device.type] = torch.get_device_module(device).get_rng_state()
-    return state
-
-
-def set_random_state(state: dict[str, Tensor], device: torch.device):
-    torch.set_rng_state(state["cpu"])
-    if device.type in state and device.type != "cpu":
-        torch.get_device_module(device).set_rng_state(state[device.type])
-
-
-def catch_signals() -> list[int]:
-    """Return a list that SIGINT and SIGTERM will be added to; a second one ends the process at once."""
-    received = []
-
-    def remember(signum, _frame):
-        received.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
-
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, remember)
-    return received
+    write_whole(folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    bar.close()
+    print(
+        f"{data.name}: test MSE {measured['test_mse']:.5f}, PSNR {measured['test_psnr']:.2f} dB, "
+        f"{measured['codes_used']} of {args.codebook_size} codes used, {progress['seconds']:.0f} s; "
+        f"pictures and summary.json are in {folder}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
+import csv
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
+import torch
 
+import checkpoint
 import train as script
 
 ROOT = Path(__file__).parent.parent
@@ -23,6 +26,28 @@ def signal_handlers():
 def train(folder, *flags):
     """Train a small model on the CPU, in this process."""
     script.main(script.parse_args([f"--out-dir={folder}", *SMALL, *map(str, flags)]))
+
+
+def rows(folder):
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def same_state(a, b):
+    """Whether two nested states are equal to the bit, seconds aside."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a if k not in ("seconds", "args"))
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same_state, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def same_run(a, b):
+    pictures = [path.name for path in sorted(a.glob("recon_*.png"))]
+    assert (a / "metrics.csv").read_bytes() == (b / "metrics.csv").read_bytes()
+    assert pictures == [path.name for path in sorted(b.glob("recon_*.png"))]
+    assert all((a / name).read_bytes() == (b / name).read_bytes() for name in [*pictures, "curves.png", "codebook.png"])
+    return same_state(checkpoint.load_checkpoint(a), checkpoint.load_checkpoint(b))
 
 
 @pytest.fixture(scope="session")

@@ -76,6 +76,12 @@ def test_values_whose_squares_leave_float32_are_quantized_all_the_same(scale):
     assert torch.equal(make(codebook).eval()(z_e).indices, brute_force(z_e, codebook))
 
 
+@pytest.mark.parametrize("offset", [10.0, 1000.0])
+def test_vectors_far_from_the_origin_are_told_apart(offset):
+    z_e, codebook = offset + torch.randn(50, 4) * 0.01, offset + torch.randn(8, 4) * 0.01
+    assert torch.equal(make(codebook).eval()(z_e).indices, brute_force(z_e, codebook))
+
+
 def test_chunks_give_the_indices_of_one_product(monkeypatch):
     z, codebook = torch.randn(1000, 16), torch.randn(300, 16)
     monkeypatch.setattr(quantizer, "LOOKUP_ELEMENTS", 10**9)
@@ -270,9 +276,18 @@ def test_revived_code_is_a_vector_of_the_batch_after_the_optimisers_step_too(ema
         state = optimizer.state[vq.codebook]
         assert state["exp_avg"][5].abs().sum() == 0 and state["exp_avg_sq"][5].abs().sum() == 0
         assert state["exp_avg"].abs().sum() > 0
-    before = vq.codebook[5].clone()
-    vq(before + 100 + torch.randn(64, 4))  # a step that does not hit it
+        vq.codebook.grad = None
+    before = vq.codebook[5].detach().clone()
+    train_steps(vq, [z[(vq.encode(z) != 5)]], optimizer)  # a step that does not hit it
     assert torch.equal(vq.codebook[5], before)
+
+
+def test_revived_codes_differ_from_each_other():
+    vq = make(revive_below=0.1, size=16)
+    vq.ema_counts[1:] = 0.0
+    z = torch.cat([torch.zeros(56, 4), torch.randn(8, 4)])
+    vq(z + vq.codebook[0].detach() + 0.01)  # all hit code 0
+    assert len(vq.codebook.unique(dim=0)) == 16  # nine distinct vectors moved nine codes, the others wait
 
 
 def test_revival_can_be_switched_off():
@@ -333,6 +348,11 @@ def test_counts_of_batches_add_up_to_the_count_of_all():
     assert torch.equal(parts, vq.count(vq.encode(z))) and parts.sum() == 99
 
 
+def test_start_and_revival_are_on_by_default():
+    vq = VectorQuantizer(8, 4)
+    assert vq.started == 0 and vq.revive_below > 0 and not vq.ema
+
+
 # Bad input
 
 
@@ -353,7 +373,7 @@ def test_non_finite_input_is_refused_and_poisons_nothing(value):
         before = copy.deepcopy(vq.state_dict())
         z = torch.randn(10, 4)
         z[3, 2] = value
-        with pytest.raises(ValueError, match="1 of 40 values of z_e are NaN or infinite"):
+        with pytest.raises(FloatingPointError, match="1 of 40 values of z_e are NaN or infinite"):
             vq(z)
         assert all(torch.equal(before[k], v) for k, v in vq.state_dict().items())
 

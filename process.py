@@ -1,0 +1,94 @@
+"""Where a script runs: its device, the processes that train together, the signals and errors that end it."""
+
+import contextlib
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+@contextlib.contextmanager
+def user_errors():
+    """Turn what a user can mend, ValueError and OSError, into one line on stderr and exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        fail(str(error), code=2)
+    except KeyboardInterrupt:
+        fail("interrupted before the first step; nothing was changed", code=130)
+
+
+def fail(message: str, code: int):
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def pick_device(device: str = "auto", precision: str = "auto") -> tuple[torch.device, str]:
+    """Choose the fastest device, and bfloat16 where it has hardware for it; under torchrun, a GPU per process.
+
+    Raises:
+        ValueError: the device asked for is not there.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        device = next(name for name in there if there[name])
+    if not there[device]:
+        raise ValueError(f"--device {device}: this machine has {', '.join(name for name in there if there[name])}")
+    if device == "cuda":
+        index = int(os.environ.get("LOCAL_RANK", 0))
+        if index >= torch.cuda.device_count():
+            raise ValueError(f"process {index} of this machine has no GPU of its own; start fewer, or use --device cpu")
+        torch.cuda.set_device(index)
+        fast_bfloat16 = torch.cuda.get_device_capability() >= (8, 0)
+    elif device == "cpu":  # where a processor emulates bfloat16 it is slower than float32
+        has = torch.cpu.get_capabilities()
+        fast_bfloat16 = has.get("avx512_bf16") or has.get("amx_bf16")
+    else:
+        fast_bfloat16 = False
+    if precision == "auto":
+        precision = "bfloat16" if fast_bfloat16 else "float32"
+    return torch.device(device), precision
+
+
+def memory_of(device: torch.device) -> int:
+    """Return the bytes of memory that a device has in all."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def join_processes(device: torch.device) -> tuple[int, int]:
+    """Join the processes that torchrun started, if it did, and return this one's rank and their number."""
+    if not dist.is_torchelastic_launched():
+        return 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def from_rank_0(value):
+    """Return rank 0's value in every process; the others wait until rank 0 has come here."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def catch_signals() -> list[int]:
+    """Return a list that SIGINT and SIGTERM will be added to; a second one of a kind ends the process at once.
+
+    Under torchrun a second one is ignored: its agent sends each signal on to processes that may have had it already.
+    """
+    received = []
+
+    def remember(signum, _frame):
+        received.append(signum)
+        if not dist.is_torchelastic_launched():
+            signal.signal(signum, signal.SIG_DFL)
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, remember)
+    return received

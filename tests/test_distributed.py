@@ -1,0 +1,164 @@
+"""Several processes over gloo: the codebook is one, the run is that of one process, and a death is no hang."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import ROOT, SMALL, rows
+
+from checkpoint import load_checkpoint
+from quantizer import VectorQuantizer
+
+STEPS, JOINT = 40, 24  # vectors per step, of all ranks together
+SHARES = {2: [17, 7], 3: [5, 0, 19]}  # unequal, one of them empty
+
+
+def quantizer(ema):
+    torch.manual_seed(0)
+    vq = VectorQuantizer(32, 4, ema=ema, decay=0.9, revive_below=0.2)
+    return vq, torch.optim.Adam([*vq.parameters(), torch.zeros(1, requires_grad=True)], lr=1e-2)
+
+
+def learn(ema, share_of):
+    """Train a codebook on this process's part of the same batches; return its state after each step."""
+    vq, optimizer = quantizer(ema)
+    batches = torch.randn(STEPS, JOINT, 4, generator=torch.Generator().manual_seed(1))
+    history = []
+    for batch in batches:
+        z = share_of(batch)
+        out = vq(z)
+        if not ema:
+            optimizer.zero_grad()
+            (out.codebook_loss * len(z) / JOINT).backward()
+            if dist.is_initialized():
+                dist.all_reduce(vq.codebook.grad)
+            vq.reset_revived(optimizer)
+            optimizer.step()
+        history.append({name: value.clone() for name, value in vq.state_dict().items()})
+    return history
+
+
+def rank_main(rank, ranks, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=ranks)
+    torch.manual_seed(rank)  # what a rank draws by itself must not matter
+    for ema in (False, True):
+        history = learn(ema, lambda batch: batch.split(SHARES[ranks])[rank])
+        torch.save(history, f"{folder}/{ema}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_codebook_is_the_same_on_every_rank_and_that_of_one_process_on_the_joint_batch(tmp_path, ranks):
+    mp.spawn(rank_main, args=(ranks, str(tmp_path)), nprocs=ranks)
+    for ema in (False, True):
+        alone = learn(ema, lambda batch: batch)
+        histories = [torch.load(tmp_path / f"{ema}-{rank}.pt") for rank in range(ranks)]
+        for step, expected in enumerate(alone):
+            for name, value in expected.items():
+                assert all(torch.equal(h[step][name], histories[0][step][name]) for h in histories), (ema, step, name)
+                torch.testing.assert_close(histories[0][step][name], value, rtol=1e-4, atol=1e-5)
+
+
+def torchrun(*flags, nproc=2, **options):
+    elastic = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={nproc}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*elastic, *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+        env=environment, **options,
+    )  # fmt: skip
+
+
+def finish(process, seconds=120):
+    printed, _ = process.communicate(timeout=seconds)
+    return process.returncode, printed
+
+
+RUN = ["train.py", *SMALL, "--precision=float32", "--steps=20", "--save-every=10"]
+
+
+def losses(folder):
+    return [
+        [float(row[name]) for name in ("recon_loss", "codebook_loss", "test_mse") if row[name]] for row in rows(folder)
+    ]
+
+
+@pytest.mark.parametrize("way", ["--ema", "--no-ema"])
+def test_torchrun_matches_one_process_and_its_checkpoint_resumes_on_other_numbers(tmp_path, way):
+    one, three = tmp_path / "one", tmp_path / "three"
+    subprocess.run([sys.executable, *RUN, way, f"--out-dir={one}"], cwd=ROOT, check=True, capture_output=True)
+    code, printed = finish(torchrun("--standalone", *RUN, way, f"--out-dir={three}", nproc=3))  # 16 images: 6, 5, 5
+    assert code == 0, printed
+    for a, b in zip(losses(three), losses(one), strict=True):
+        assert a == pytest.approx(b, rel=0.02)
+    assert load_checkpoint(three)["model"].keys() == load_checkpoint(one)["model"].keys()
+    for ranks, steps in ((2, 24), (1, 28)):
+        resume = ["train.py", f"--resume={three}", f"--steps={steps}"]
+        code, printed = finish(torchrun("--standalone", *resume, nproc=ranks))
+        assert code == 0, printed
+        assert load_checkpoint(three)["progress"]["step"] == steps
+    assert [int(row["step"]) for row in rows(three)] == [5, 10, 15, 20, 24, 25, 28]
+
+
+def workers(agent):
+    """Wait for the agent's two processes and return their ids, rank 0 first."""
+    found = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True).stdout.split()
+    return [int(pid) for pid in found]
+
+
+def kill_one_rank(process, folder):
+    while not (folder / "metrics.csv").exists() or len(rows(folder)) < 3:
+        time.sleep(0.1)
+        assert process.poll() is None
+    os.kill(workers(process)[-1], signal.SIGKILL)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes as Linux shows them")
+def test_killed_rank_ends_the_job_in_bounded_time_or_restarts_it_from_the_last_checkpoint(tmp_path):
+    long = [*RUN, "--steps=1500", "--save-every=5", "--log-every=1"]
+    folder = tmp_path / "ended"
+    process = torchrun("--standalone", *long, f"--out-dir={folder}")
+    kill_one_rank(process, folder)
+    code, _ = finish(process, seconds=60)
+    assert code != 0 and not (folder / "summary.json").exists()
+
+    folder = tmp_path / "restarted"
+    restarting = [*RUN, "--steps=60", "--save-every=5", "--log-every=1"]
+    process = torchrun("--standalone", "--max-restarts=1", *restarting, f"--out-dir={folder}")
+    kill_one_rank(process, folder)
+    code, printed = finish(process)
+    assert code == 0, printed
+    assert [int(row["step"]) for row in rows(folder)] == list(range(1, 61))  # nothing lost, nothing twice
+    assert not [path for path in folder.iterdir() if path.is_dir()]  # and no new run begun
+
+
+def test_sigterm_to_the_agent_saves_and_stops_all_ranks(tmp_path):
+    process = torchrun(
+        "--standalone", *RUN, "--steps=5000", "--save-every=5000", "--log-every=1", f"--out-dir={tmp_path}"
+    )
+    while not (tmp_path / "metrics.csv").exists() or len(rows(tmp_path)) < 3:
+        time.sleep(0.1)
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    code, printed = finish(process, seconds=60)
+    step = load_checkpoint(tmp_path)["progress"]["step"]
+    assert code != 0 and step >= 3 and f"stopped at step {step}" in printed
+
+
+def test_two_nodes_train_together(tmp_path):
+    """Two agents, as on two machines, that meet at an address."""
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    meet = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test"]
+    nodes = [torchrun(*meet, *RUN, f"--out-dir={tmp_path}", nproc=1) for _ in range(2)]
+    for code, printed in [finish(node) for node in nodes]:
+        assert code == 0, printed
+    assert (tmp_path / "summary.json").exists() and len(rows(tmp_path)) == 4

@@ -1,0 +1,42 @@
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+import evaluate
+import train as script
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+COMMANDS = [line for language, block in BLOCKS if language == "bash" for line in block.splitlines()]
+SCRIPTS = {"train.py": script, "evaluate.py": evaluate}
+
+
+def test_first_screen_has_the_two_commands():
+    install = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt"
+    assert f"{install} && .venv/bin/python train.py" in COMMANDS
+    assert f"{install} -r requirements-dev.txt && .venv/bin/python -m pytest" in COMMANDS
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python ")])
+def test_command_is_understood(command, trained_run):
+    name, *flags = shlex.split(command, comments=True)[1:]
+    flags = [str(trained_run) if flag == "results" else flag for flag in flags]
+    if "--resume" in flags and "--steps" not in flags:
+        flags += ["--steps", "99"]  # the run at hand has finished its own
+    if name in SCRIPTS:
+        SCRIPTS[name].parse_args(flags)
+    assert (ROOT / name).is_file()
+
+
+@pytest.mark.parametrize("snippet", [block for language, block in BLOCKS if language == "python"])
+def test_snippet_runs(snippet, trained_run, monkeypatch):
+    monkeypatch.chdir(trained_run.parent)  # where the run is in results/
+    exec(snippet, {})
+
+
+def test_every_file_named_exists():
+    for name in re.findall(r"[\w./-]+\.(?:py|txt|png|toml)\b", re.sub(r"results/\S+|`\w*_?\d{6}\.png`", "", README)):
+        in_a_run = {"curves.png", "codebook.png"}
+        assert name in in_a_run or "recon_" in name or (ROOT / name).is_file(), name
