@@ -24,18 +24,18 @@ SHARES = {2: [17, 7], 3: [5, 0, 19]}  # unequal, one of them empty
 def quantizer(ema):
     torch.manual_seed(0)
     vq = VectorQuantizer(32, 4, ema=ema, decay=0.9, revive_below=0.2)
-    return vq, torch.optim.Adam([*vq.parameters(), torch.zeros(1, requires_grad=True)], lr=1e-2)
+    # Not Adam: it makes steps of full length out of gradients that are nothing but rounding, as after k-means.
+    return vq, torch.optim.SGD([*vq.parameters(), torch.zeros(1, requires_grad=True)], lr=1.0, momentum=0.9)
 
 
-def learn(ema, share_of):
+def learn(vq, optimizer, share_of):
     """Train a codebook on this process's part of the same batches; return its state after each step."""
-    vq, optimizer = quantizer(ema)
     batches = torch.randn(STEPS, JOINT, 4, generator=torch.Generator().manual_seed(1))
     history = []
     for batch in batches:
         z = share_of(batch)
         out = vq(z)
-        if not ema:
+        if not vq.ema:
             optimizer.zero_grad()
             (out.codebook_loss * len(z) / JOINT).backward()
             if dist.is_initialized():
@@ -47,19 +47,25 @@ def learn(ema, share_of):
 
 
 def rank_main(rank, ranks, folder):
+    made = [quantizer(ema) for ema in (False, True)]  # before there are several processes: nothing may be cached
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=ranks)
     torch.manual_seed(rank)  # what a rank draws by itself must not matter
-    for ema in (False, True):
-        history = learn(ema, lambda batch: batch.split(SHARES[ranks])[rank])
-        torch.save(history, f"{folder}/{ema}-{rank}.pt")
+    for vq, optimizer in made:
+        if rank == 0:
+            torch.manual_seed(0)
+        history = learn(vq, optimizer, lambda batch: batch.split(SHARES[ranks])[rank])
+        torch.save(history, f"{folder}/{vq.ema}-{rank}.pt")
     dist.destroy_process_group()
+    made[0][0](torch.randn(3, 4))  # and alone again
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_codebook_is_the_same_on_every_rank_and_that_of_one_process_on_the_joint_batch(tmp_path, ranks):
     mp.spawn(rank_main, args=(ranks, str(tmp_path)), nprocs=ranks)
     for ema in (False, True):
-        alone = learn(ema, lambda batch: batch)
+        vq, optimizer = quantizer(ema)
+        torch.manual_seed(0)
+        alone = learn(vq, optimizer, lambda batch: batch)
         histories = [torch.load(tmp_path / f"{ema}-{rank}.pt") for rank in range(ranks)]
         for step, expected in enumerate(alone):
             for name, value in expected.items():
@@ -85,11 +91,10 @@ RUN = ["train.py", *SMALL, "--precision=float32", "--steps=20", "--save-every=10
 
 
 def losses(folder):
-    return [
-        [float(row[name]) for name in ("recon_loss", "codebook_loss", "test_mse") if row[name]] for row in rows(folder)
-    ]
+    return [[float(row[name]) for name in ("recon_loss", "test_mse") if row[name]] for row in rows(folder)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["--ema", "--no-ema"])
 def test_torchrun_matches_one_process_and_its_checkpoint_resumes_on_other_numbers(tmp_path, way):
     one, three = tmp_path / "one", tmp_path / "three"
@@ -97,7 +102,7 @@ def test_torchrun_matches_one_process_and_its_checkpoint_resumes_on_other_number
     code, printed = finish(torchrun("--standalone", *RUN, way, f"--out-dir={three}", nproc=3))  # 16 images: 6, 5, 5
     assert code == 0, printed
     for a, b in zip(losses(three), losses(one), strict=True):
-        assert a == pytest.approx(b, rel=0.02)
+        assert a == pytest.approx(b, rel=1e-3)
     assert load_checkpoint(three)["model"].keys() == load_checkpoint(one)["model"].keys()
     for ranks, steps in ((2, 24), (1, 28)):
         resume = ["train.py", f"--resume={three}", f"--steps={steps}"]
@@ -120,6 +125,7 @@ def kill_one_rank(process, folder):
     os.kill(workers(process)[-1], signal.SIGKILL)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes as Linux shows them")
 def test_killed_rank_ends_the_job_in_bounded_time_or_restarts_it_from_the_last_checkpoint(tmp_path):
     long = [*RUN, "--steps=1500", "--save-every=5", "--log-every=1"]

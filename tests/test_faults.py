@@ -63,18 +63,15 @@ for line in sys.stdin:
 @pytest.fixture(scope="module")
 def forker():
     """Return a function that runs train.py in a child and returns its exit code, -9 when it was killed."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", FORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", FORKER], cwd=ROOT, **pipes) as process:
 
-    def run(folder, **kill):
-        process.stdin.write(repr({"folder": str(folder), "flags": SHORT, **kill}) + "\n")
-        process.stdin.flush()
-        return int(process.stdout.readline())
+        def run(folder, **kill):
+            process.stdin.write(repr({"folder": str(folder), "flags": SHORT, **kill}) + "\n")
+            process.stdin.flush()
+            return int(process.stdout.readline())
 
-    yield run
-    process.stdin.close()
-    process.wait(timeout=30)
+        yield run
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +89,7 @@ def finish_and_compare(forker, folder, undisturbed):
     assert not list(folder.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("calls", [1, 2, 3, 4, 5, 6, 7, 9, 12])
+@pytest.mark.parametrize("calls", [1, 2, 5, 6, 9])
 def test_killed_right_before_a_change_to_the_folder_it_resumes_to_the_same_end(forker, undisturbed, tmp_path, calls):
     folder = tmp_path / "results"
     assert forker(folder, calls=calls) == -signal.SIGKILL

@@ -103,7 +103,9 @@ def test_signal_stops_at_the_end_of_a_step_and_resuming_goes_on_exactly(finished
     assert steps == sorted({*range(5, step + 25, 5), step + 25})
 
 
-@pytest.mark.parametrize("flags", [[], ["--ema"]], ids=["loss", "ema"])
+@pytest.mark.parametrize(
+    "flags", [["--precision=float32"], ["--ema", "--precision=float32"], ["--precision=bfloat16"]], ids=" ".join
+)
 def test_resumed_run_ends_bit_for_bit_as_one_that_never_stopped(tmp_path, monkeypatch, flags):
     """Stop after step 13, between log lines and saves, and go on in a new process."""
     flags = [*flags, "--steps", "24", "--save-every", "8"]
