@@ -71,6 +71,13 @@ def write_whole(path: Path, content: bytes):
         raise
 
 
+def trim_metrics(path: Path, columns: tuple[str, ...], step: int):
+    """Keep the whole lines of metrics.csv up to a step: what came after a checkpoint will be done again."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    rows = [line for line in lines[1:] if line.count(",") == len(columns) - 1 and int(line.split(",")[0]) <= step]
+    write_whole(path, "\n".join([",".join(columns), *rows, ""]).encode())
+
+
 def save_checkpoint(folder: Path, state: dict):
     """Write `state` to the run's checkpoint, and keep the one before it.
 

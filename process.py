@@ -1,13 +1,31 @@
-"""Where a script runs: its device, the processes that train together, the signals and errors that end it."""
+"""What every script needs around its work: types of flags, device, processes, and what ends it early."""
 
+import argparse
 import contextlib
+import math
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
+
+
+def number(kind: type, low: float, below: float = math.inf):
+    """Return an argparse type: an int or a float in [low, below)."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value < below:
+            bound = f" and below {below}" if below < math.inf else ", and finite"
+            raise argparse.ArgumentTypeError(f"{text} must be at least {low}{bound}")
+        return value
+
+    parse.__name__ = kind.__name__  # what argparse calls it in its own messages
+    return parse
 
 
 @contextlib.contextmanager
@@ -53,11 +71,22 @@ def pick_device(device: str = "auto", precision: str = "auto") -> tuple[torch.de
     return torch.device(device), precision
 
 
-def memory_of(device: torch.device) -> int:
-    """Return the bytes of memory that a device has in all."""
+def check_memory(make_model: Callable[[], nn.Module], device: torch.device):
+    """Raise ValueError where a model's weights, gradients and the optimiser's two moments cannot fit in memory."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        there = torch.cuda.get_device_properties(device).total_memory
+    else:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        with torch.device("meta"):  # sizes without memory
+            needed = 4 * 4 * sum(value.numel() for value in make_model().state_dict().values())
+    except RuntimeError:  # more than can be counted
+        needed = math.inf
+    if needed > there:
+        raise ValueError(
+            f"training this model takes {needed / 1e9:,.0f} GB or more and there are {there / 1e9:,.0f}; "
+            "make --codebook-size, --code-dim, --width or --blocks smaller"
+        )
 
 
 def join_processes(device: torch.device) -> tuple[int, int]:

@@ -28,13 +28,14 @@ from checkpoint import (
     run_errors,
     save_checkpoint,
     set_random_state,
+    trim_metrics,
     writable_folder,
     write_whole,
 )
 from data import NAMES, Dataset, Unavailable, batch_indices, channel_stats, load_dataset, to_pixels
 from evaluate import evaluate
 from model import VQVAE, build_model
-from process import catch_signals, from_rank_0, join_processes, memory_of, pick_device, user_errors
+from process import catch_signals, check_memory, from_rank_0, join_processes, number, pick_device, user_errors
 from quantizer import perplexity
 
 COLUMNS = ("step", "recon_loss", "codebook_loss", "commitment_loss", "codes_used", "perplexity", "test_mse", "dataset")
@@ -42,20 +43,6 @@ RESUME_MAY_CHANGE = {"steps", "save_every", "log_every", "data_dir", "device", "
 CODEBOOK_IMAGES = 100  # test images whose encoder outputs are drawn behind the codes
 RECON_IMAGES = figures.COLUMNS * figures.ROWS
 CURVE_IMAGES = 1000  # test images behind the curve of the test MSE; summary.json is about all of them
-
-
-def number(kind: type, low: float, below: float = math.inf):
-    """Return an argparse type: an int or a float in [low, below)."""
-
-    def parse(text):
-        value = kind(text)
-        if not low <= value < below:
-            bound = f" and below {below}" if below < math.inf else ", and finite"
-            raise argparse.ArgumentTypeError(f"{text} must be at least {low}{bound}")
-        return value
-
-    parse.__name__ = kind.__name__  # what argparse calls it in its own messages
-    return parse
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -148,7 +135,7 @@ def main(args: argparse.Namespace):
             raise ValueError(f"--batch-size {args.batch_size} is not from {ranks} (processes) to {n} (training images)")
         resuming = args.resume is not None
         image_shape = tuple(data.train_images.shape[1:])
-        check_memory(args, image_shape, device)
+        check_memory(lambda: build_model(vars(args), image_shape), device)
         checkpoint = load_checkpoint(folder) if resuming else None
         if rank == 0 and not resuming:
             prepare_folder(folder)
@@ -178,7 +165,7 @@ def main(args: argparse.Namespace):
     with run_errors(folder, progress):
         if rank == 0:
             print(f"training on {n:,} images of {data.name}, on {device.type} in {precision}", flush=True)
-            trim_metrics(folder, progress["step"])
+            trim_metrics(folder / "metrics.csv", COLUMNS, progress["step"])
             if not checkpoint:
                 save()  # so that there is something to resume from the first step on
         hidden = rank > 0 or not (sys.stderr.isatty() and sys.stdout.isatty())
@@ -255,21 +242,6 @@ def load_data(args: argparse.Namespace, rank: int) -> Dataset:
     return data
 
 
-def check_memory(args: argparse.Namespace, image_shape: tuple, device: torch.device):
-    """Raise ValueError where the weights, their gradients and the optimiser's two moments cannot fit in memory."""
-    try:
-        with torch.device("meta"):  # sizes without memory
-            state = build_model(vars(args), image_shape).state_dict()
-        needed = 4 * 4 * sum(value.numel() for value in state.values())
-    except RuntimeError:  # too large to count
-        needed = math.inf
-    if needed > memory_of(device):
-        raise ValueError(
-            f"training this model takes {needed / 1e9:,.0f} GB or more and there are {memory_of(device) / 1e9:,.0f}; "
-            "make --codebook-size, --code-dim, --width or --blocks smaller"
-        )
-
-
 def schedule(step: int, steps: int) -> float:
     """Return the learning rate of a step, counted from 1, as a share of the highest: warm-up, then half a cosine."""
     warm_up = min(1.0, step / (0.03 * steps))
@@ -295,14 +267,6 @@ def log(folder: Path, args: argparse.Namespace, progress: dict, test_mse: float 
         print(f"step {progress['step']}/{args.steps}: {shown}", flush=True)
     progress["sums"].zero_()
     progress["logged"] = progress["step"]
-
-
-def trim_metrics(folder: Path, step: int):
-    """Keep the whole lines of metrics.csv up to a step: what came after a checkpoint will be done again."""
-    path = folder / "metrics.csv"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    rows = [line for line in lines[1:] if line.count(",") == len(COLUMNS) - 1 and int(line.split(",")[0]) <= step]
-    write_whole(path, "\n".join([",".join(COLUMNS), *rows, ""]).encode())
 
 
 def save_pictures(folder: Path, model: VQVAE, data: Dataset, step: int):
