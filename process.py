@@ -93,9 +93,20 @@ def join_processes(device: torch.device) -> tuple[int, int]:
     """Join the processes that torchrun started, if it did, and return this one's rank and their number."""
     if not dist.is_torchelastic_launched():
         return 0, 1
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size()
+    store, rank, ranks = next(dist.rendezvous("env://"))
+    if os.environ["GROUP_WORLD_SIZE"] == "1":  # after a restart the store still holds the addresses of the dead
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=ranks)
+    return rank, ranks
+
+
+def agree(value, what: str):
+    """Raise ValueError in every process unless all were given the same value."""
+    if dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+        if any(other != value for other in values):
+            raise ValueError(f"the processes differ in {what}: {', '.join(map(str, values))}; give all the same")
 
 
 def from_rank_0(value):

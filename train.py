@@ -35,7 +35,7 @@ from checkpoint import (
 from data import NAMES, Dataset, Unavailable, batch_indices, channel_stats, load_dataset, to_pixels
 from evaluate import evaluate
 from model import VQVAE, build_model
-from process import catch_signals, check_memory, from_rank_0, join_processes, number, pick_device, user_errors
+from process import agree, catch_signals, check_memory, from_rank_0, join_processes, number, pick_device, user_errors
 from quantizer import perplexity
 
 COLUMNS = ("step", "recon_loss", "codebook_loss", "commitment_loss", "codes_used", "perplexity", "test_mse", "dataset")
@@ -129,6 +129,7 @@ def main(args: argparse.Namespace):
         folder = writable_folder(args.out_dir)
         device, precision = pick_device(args.device, args.precision)
         rank, ranks = join_processes(device)
+        agree(args.resume, "--resume")
         data = load_data(args, rank)
         n = len(data.train_images)
         if not ranks <= args.batch_size <= n:
@@ -154,7 +155,7 @@ def main(args: argparse.Namespace):
         set_random_state(checkpoint["random"], device)
         progress = checkpoint["progress"]
     progress["sums"] = progress["sums"].to(device)
-    forward = DistributedDataParallel(model, broadcast_buffers=False) if ranks > 1 else model
+    forward = DistributedDataParallel(model) if ranks > 1 else model
     images = data.train_images.to(device)
     signals = catch_signals()
 
