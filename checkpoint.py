@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import shlex
 import shutil
 import time
 import zipfile
@@ -83,10 +84,10 @@ def save_checkpoint(folder: Path, state: dict):
 
     Raises:
         OSError: it cannot be written; the last checkpoint is still there.
-        FloatingPointError: the model holds NaN or infinite values.
+        FloatingPointError: the state holds NaN or infinite values.
     """
-    if not all(value.isfinite().all() for value in state["model"].values()):
-        raise FloatingPointError("the model's weights are NaN or infinite; lower the learning rate")
+    if not finite(state):
+        raise FloatingPointError("the weights or the optimiser's moments are NaN or infinite; lower the learning rate")
     content = io.BytesIO()  # written in one go, so that a full disk is an OSError
     torch.save({"format": FORMAT, **state}, content)
     if (folder / CHECKPOINT).exists():
@@ -100,6 +101,13 @@ def save_checkpoint(folder: Path, state: dict):
     write_whole(folder / CHECKPOINT, content.getbuffer())
 
 
+def finite(value) -> bool:
+    """Return whether all tensors in nested dicts and lists are finite."""
+    if isinstance(value, dict | list | tuple):
+        return all(map(finite, value.values() if isinstance(value, dict) else value))
+    return not torch.is_tensor(value) or bool(value.isfinite().all())
+
+
 def load_checkpoint(folder: str | Path) -> dict:
     """Read a run's checkpoint onto the CPU; code in the file is never executed.
 
@@ -109,29 +117,36 @@ def load_checkpoint(folder: str | Path) -> dict:
     path, previous = Path(folder, CHECKPOINT), Path(folder, PREVIOUS)
     try:
         return read_checkpoint(path)
-    except ValueError as error:
+    except Damaged as error:
         try:
             step = read_checkpoint(previous)["progress"]["step"]
         except ValueError:
             raise error from None
-        raise ValueError(f"{error}; to go on from step {step} instead: cp {previous} {path}") from error
+        copy = shlex.join(["cp", str(previous), str(path)])
+        raise ValueError(f"{error}; to go on from step {step} instead: {copy}") from error
+
+
+class Damaged(ValueError):
+    """A file that should hold a checkpoint is missing or holds something else."""
 
 
 def read_checkpoint(path: Path) -> dict:
-    if not path.is_file():
-        raise ValueError(f"{path.parent} holds no {path.name}; name the folder of a run that saved one")
+    if not os.path.isfile(path):
+        raise Damaged(f"{path.parent} holds no {path.name}; name the folder of a run that saved one")
     try:
         with zipfile.ZipFile(path) as archive:  # torch.save writes a zip archive, and torch.load skips its checksums
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} fails its checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error})") from error
     except Exception as error:  # bytes gone wrong surface as almost any exception
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is damaged or not a checkpoint ({reason})") from error
+        raise Damaged(f"{path} is damaged or not a checkpoint ({reason})") from error
     if isinstance(state, dict) and isinstance(state.get("format"), int) and state["format"] > FORMAT:
         raise ValueError(f"{path} has format {state['format']}, this version reads up to {FORMAT}; update the project")
     if not isinstance(state, dict) or not state.keys() >= {"format", *CONTENTS}:
-        raise ValueError(f"{path} is not a checkpoint of this project; name the folder of a run")
+        raise Damaged(f"{path} is not a checkpoint of this project; name the folder of a run")
     return state
 
 
@@ -163,7 +178,7 @@ def run_errors(folder: Path, progress: dict):
     except (OSError, FloatingPointError) as error:
         kind = "diverged" if isinstance(error, FloatingPointError) else "cannot write"
         message = f"{kind} after step {progress['step']}: {error}"
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OSError):
             saved = load_checkpoint(folder)["progress"]["step"]
             message += f"; the checkpoint of step {saved} is whole, to go on: python train.py --resume {folder}"
         fail(message, code=1)

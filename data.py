@@ -121,6 +121,8 @@ def check_idx(path: Path, remedy: str) -> int:
         raise ValueError(f"{path} is truncated or corrupt: {len(content)} bytes, its header needs {expected}; {remedy}")
     if ndim == 1 and (labels := np.frombuffer(content, np.uint8, offset=8)).max(initial=0) > 9:
         raise ValueError(f"{path} is corrupt: it holds the label {labels.max()}, but the classes are 0 to 9; {remedy}")
+    if header[1] == 0 or (ndim == 3 and (*header[2:],) != (28, 28)):
+        raise ValueError(f"{path} is corrupt: its header says {tuple(map(int, header[1:]))}, not n x 28 x 28; {remedy}")
     return int(header[1])
 
 

@@ -36,7 +36,7 @@ def user_errors():
     except (ValueError, OSError) as error:
         fail(str(error), code=2)
     except KeyboardInterrupt:
-        fail("interrupted before the first step; nothing was changed", code=130)
+        fail("interrupted before the first step", code=130)
 
 
 def fail(message: str, code: int):
@@ -100,6 +100,17 @@ def join_processes(device: torch.device) -> tuple[int, int]:
     return rank, ranks
 
 
+def job() -> str | None:
+    """Return what torchrun's restarts of the same job have in common; None where torchrun did not start it.
+
+    On one machine that is the process of torchrun itself; several machines share no more than --rdzv-id.
+    """
+    if not dist.is_torchelastic_launched():
+        return None
+    agent = f" {os.getppid()}" if os.environ["GROUP_WORLD_SIZE"] == "1" else ""
+    return os.environ["TORCHELASTIC_RUN_ID"] + agent
+
+
 def agree(value, what: str):
     """Raise ValueError in every process unless all were given the same value."""
     if dist.is_initialized():
@@ -118,15 +129,15 @@ def from_rank_0(value):
 
 
 def catch_signals() -> list[int]:
-    """Return a list that SIGINT and SIGTERM will be added to; a second one of a kind ends the process at once.
+    """Return a list that SIGINT and SIGTERM will be added to; a second SIGINT ends the process at once.
 
-    Under torchrun a second one is ignored: its agent sends each signal on to processes that may have had it already.
+    Not under torchrun, whose agent sends each signal on to processes that may have had it already.
     """
     received = []
 
     def remember(signum, _frame):
         received.append(signum)
-        if not dist.is_torchelastic_launched():
+        if signum == signal.SIGINT and not dist.is_torchelastic_launched():
             signal.signal(signum, signal.SIG_DFL)
 
     for signum in (signal.SIGINT, signal.SIGTERM):

@@ -213,6 +213,9 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
     middle = (middle / step).round() * step
     z, codebook = z - middle, codebook - middle
     half_square = codebook.square().sum(1) / 2
+    # Matrix products round differently in their last, incomplete blocks; filled up, equal codes get equal distances.
+    filling = -len(codebook) % 64
+    half_square, codebook = F.pad(half_square, (0, filling), value=torch.inf), F.pad(codebook, (0, 0, 0, filling))
     rows = max(1, min(len(z), LOOKUP_ELEMENTS // len(codebook)))
     distances = z.new_empty(rows, len(codebook))  # one buffer for all chunks
     indices = torch.empty(len(z), dtype=torch.int64, device=z.device)

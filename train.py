@@ -5,10 +5,10 @@ step and resumed ends with the same weights, bit for bit on a CPU, as one that w
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 import figures
 from checkpoint import (
-    CHECKPOINT,
     load_checkpoint,
     prepare_folder,
     random_state,
@@ -35,11 +34,21 @@ from checkpoint import (
 from data import NAMES, Dataset, Unavailable, batch_indices, channel_stats, load_dataset, to_pixels
 from evaluate import evaluate
 from model import VQVAE, build_model
-from process import agree, catch_signals, check_memory, from_rank_0, join_processes, number, pick_device, user_errors
+from process import (
+    agree,
+    catch_signals,
+    check_memory,
+    from_rank_0,
+    job,
+    join_processes,
+    number,
+    pick_device,
+    user_errors,
+)
 from quantizer import perplexity
 
 COLUMNS = ("step", "recon_loss", "codebook_loss", "commitment_loss", "codes_used", "perplexity", "test_mse", "dataset")
-RESUME_MAY_CHANGE = {"steps", "save_every", "log_every", "data_dir", "device", "precision", "out_dir", "resume"}
+RESUME_MAY_CHANGE = {"steps", "save_every", "log_every", "data_dir", "device", "precision", "out_dir", "resume", "job"}
 CODEBOOK_IMAGES = 100  # test images whose encoder outputs are drawn behind the codes
 RECON_IMAGES = figures.COLUMNS * figures.ROWS
 CURVE_IMAGES = 1000  # test images behind the curve of the test MSE; summary.json is about all of them
@@ -76,7 +85,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--steps", type=positive, default=10_000, help="training steps in all; the learning rate falls to 0 there"
     )
-    group.add_argument("--batch-size", type=positive, default=32, help="images per step")
+    group.add_argument("--batch-size", type=positive, default=32, help="images per step, of all processes together")
     group.add_argument("--lr", type=rate, default=4e-3, help="highest learning rate of encoder and decoder")
     group.add_argument("--codebook-lr", type=rate, default=4e-2, help="highest learning rate of the codes")
     group.add_argument(
@@ -96,11 +105,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--device", choices=devices, default="auto", help="auto: the first of these that is there")
     group.add_argument("--precision", choices=precisions, default="auto", help="of convolutions; auto: the faster one")
     args = parser.parse_args(argv)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, after a process died
-    if restarted and Path(args.out_dir, CHECKPOINT).exists():
-        args.resume = args.out_dir if args.resume is None else args.resume
+    if args.resume is None and job():  # torchrun starts all processes of a job again when one has died
+        with contextlib.suppress(ValueError):
+            if load_checkpoint(args.out_dir)["args"]["job"] == job():
+                args.resume = args.out_dir
     if args.resume is not None:
         args = resumed_args(parser, argv, args.resume)
+    args.job = job()
     return args
 
 
@@ -115,11 +126,15 @@ def resumed_args(parser: argparse.ArgumentParser, argv: list[str] | None, run: s
     args = parser.parse_args(argv)
     if args.out_dir != run:
         parser.error(f"--out-dir {args.out_dir}: a resumed run goes on in its own folder, {run}; leave out --out-dir")
+    if args.dataset == "auto":
+        args.dataset = saved["dataset"]
     for name, value in saved.items():
         if name not in RESUME_MAY_CHANGE and getattr(args, name) != value:
             flag = "--" + name.replace("_", "-")
             parser.error(f"{flag} is {getattr(args, name)}, but the run in {run} has {value}; leave out {flag}")
     if checkpoint["progress"]["step"] >= args.steps:
+        if saved["job"] and saved["job"] == job():
+            sys.exit(0)  # a process died after the last step of a job
         parser.error(f"the run in {run} has done its {checkpoint['progress']['step']} steps; give more with --steps")
     return args
 
@@ -127,7 +142,7 @@ def resumed_args(parser: argparse.ArgumentParser, argv: list[str] | None, run: s
 def main(args: argparse.Namespace):
     with user_errors():
         folder = writable_folder(args.out_dir)
-        device, precision = pick_device(args.device, args.precision)
+        device, args.precision = pick_device(args.device, args.precision)
         rank, ranks = join_processes(device)
         agree(args.resume, "--resume")
         data = load_data(args, rank)
@@ -138,6 +153,7 @@ def main(args: argparse.Namespace):
         image_shape = tuple(data.train_images.shape[1:])
         check_memory(lambda: build_model(vars(args), image_shape), device)
         checkpoint = load_checkpoint(folder) if resuming else None
+        signals = catch_signals()
         if rank == 0 and not resuming:
             prepare_folder(folder)
     torch.manual_seed(args.seed)
@@ -157,7 +173,6 @@ def main(args: argparse.Namespace):
     progress["sums"] = progress["sums"].to(device)
     forward = DistributedDataParallel(model) if ranks > 1 else model
     images = data.train_images.to(device)
-    signals = catch_signals()
 
     def save():
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": random_state(device)}
@@ -165,7 +180,8 @@ def main(args: argparse.Namespace):
 
     with run_errors(folder, progress):
         if rank == 0:
-            print(f"training on {n:,} images of {data.name}, on {device.type} in {precision}", flush=True)
+            where = f"{device.type} in {args.precision}" + (f", {ranks} processes" if ranks > 1 else "")
+            print(f"training on {n:,} images of {data.name}, on {where}", flush=True)
             trim_metrics(folder / "metrics.csv", COLUMNS, progress["step"])
             if not checkpoint:
                 save()  # so that there is something to resume from the first step on
@@ -178,7 +194,7 @@ def main(args: argparse.Namespace):
             batch = batch_indices(n, args.batch_size, args.seed, step - 1).tensor_split(ranks)[rank]
             x = to_pixels(images[batch.to(device)], device)
 
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bfloat16"):
                 out = forward(x)
             recon_loss = ((out.x_recon - x) / model.std).square().mean()  # of normalised images
             loss = recon_loss + out.codebook_loss + args.beta * out.commitment_loss  # arXiv 1711.00937, equation 3
@@ -214,7 +230,8 @@ def main(args: argparse.Namespace):
             if stopping and step < args.steps:
                 bar.close()
                 if rank == 0:
-                    print(f"stopped at step {step}; to go on: python train.py --resume {folder}", flush=True)
+                    start = "python" if ranks == 1 else "torchrun ..."
+                    print(f"stopped at step {step}; to go on: {start} train.py --resume {folder}", flush=True)
                 sys.exit(128 + (signals or [signal.SIGTERM])[0])
 
 

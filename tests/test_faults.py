@@ -152,6 +152,23 @@ def test_full_disk_ends_the_run_with_one_line_and_keeps_the_last_checkpoint(trai
     assert subprocess.run(run, capture_output=True, cwd=ROOT).returncode == 0
 
 
+def test_checkpoint_that_the_disk_has_no_room_for_ends_the_run_likewise(tmp_path):
+    """Here the limit is above the pictures and below the checkpoint."""
+
+    def small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
+
+    train(tmp_path, "--steps=5", "--codebook-size=4000", "--code-dim=64")
+    files = {path.name for path in tmp_path.iterdir()}
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    run = command("--resume", tmp_path, "--steps", 10)
+    done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, preexec_fn=small_files)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "cannot write after step 10" in done.stderr and "the checkpoint of step 5 is whole" in done.stderr
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == files | {"recon_000010.png"}
+
+
 def test_checkpoint_that_does_not_fit_leaves_the_one_before_and_no_rubbish(trained_run):
     state = checkpoint.load_checkpoint(trained_run)
     files = sorted(path.name for path in trained_run.iterdir())
@@ -231,10 +248,12 @@ def test_divergence_ends_the_run_and_names_the_last_finite_checkpoint(tmp_path, 
 
 def test_poisoned_model_is_never_saved(trained_run):
     before = checkpoint.load_checkpoint(trained_run)
-    poisoned = checkpoint.load_checkpoint(trained_run)
-    poisoned["model"]["encoder.1.bias"][0] = torch.nan
-    with pytest.raises(FloatingPointError, match="NaN or infinite"):
-        checkpoint.save_checkpoint(trained_run, poisoned)
+    for part in ("model", "moments"):
+        poisoned = checkpoint.load_checkpoint(trained_run)
+        bias = poisoned["model"]["encoder.1.bias"]
+        (bias if part == "model" else poisoned["optimizer"]["state"][0]["exp_avg_sq"])[0] = torch.inf
+        with pytest.raises(FloatingPointError, match="NaN or infinite"):
+            checkpoint.save_checkpoint(trained_run, poisoned)
     assert same_state(checkpoint.load_checkpoint(trained_run), before)
 
 

@@ -21,10 +21,9 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.f
 def inputs(draw):
     """A codebook, at times with duplicates, and z_e of any rank and dtype, from denormals up to 1e30."""
     dim, size = draw(st.integers(1, 5)), draw(st.integers(1, 9))
-    exponent = draw(st.sampled_from([-44, -30, -3, 0, 3, 30]))
     numbers = st.floats(-8, 8, width=32)
-    scale = np.float32(10.0) ** exponent
-    codebook = draw(arrays.arrays(np.float32, (size, dim), elements=numbers)) * scale
+    scale, code_scale = (np.float32(10.0) ** draw(st.sampled_from([-44, -30, -3, 0, 3, 30])) for _ in range(2))
+    codebook = draw(arrays.arrays(np.float32, (size, dim), elements=numbers)) * code_scale
     codebook = codebook[draw(st.lists(st.integers(0, size - 1), min_size=size, max_size=size))]
     shape = (draw(st.integers(0, 4)), dim, *draw(st.lists(st.integers(1, 3), max_size=3)))
     z_e = torch.from_numpy(draw(arrays.arrays(np.float32, shape, elements=numbers)) * scale)

@@ -103,25 +103,45 @@ def test_signal_stops_at_the_end_of_a_step_and_resuming_goes_on_exactly(finished
     assert steps == sorted({*range(5, step + 25, 5), step + 25})
 
 
-@pytest.mark.parametrize(
-    "flags", [["--precision=float32"], ["--ema", "--precision=float32"], ["--precision=bfloat16"]], ids=" ".join
-)
-def test_resumed_run_ends_bit_for_bit_as_one_that_never_stopped(tmp_path, monkeypatch, flags):
-    """Stop after step 13, between log lines and saves, and go on in a new process."""
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("way", "cut"), [("--ema", 1), ("--no-ema", 13)])
+def test_resumed_run_ends_bit_for_bit_as_one_that_never_stopped(tmp_path, monkeypatch, way, cut, precision):
+    """Stop between lines and saves, and go on in a new process; 1,000 codes take two batches to start."""
+    flags = [way, f"--precision={precision}", "--codebook-size=1000", "--decay=0.5", "--revive-below=0.9"]
     flags = [*flags, "--steps", "24", "--save-every", "8"]
     train(tmp_path / "whole", *flags)
     args = script.parse_args(["--out-dir", str(tmp_path / "halves"), *SMALL, *flags])
     signals = []
     monkeypatch.setattr(script, "catch_signals", lambda: signals)
     original = script.batch_indices
-    monkeypatch.setattr(script, "batch_indices", lambda *a: (signals.append(2) if a[-1] == 12 else 0, original(*a))[1])
+    monkeypatch.setattr(
+        script, "batch_indices", lambda *a: (signals.append(2) if a[-1] == cut - 1 else 0, original(*a))[1]
+    )
     with pytest.raises(SystemExit) as stopped:
         script.main(args)
     assert stopped.value.code == 130
-    assert checkpoint.load_checkpoint(tmp_path / "halves")["progress"]["step"] == 13
+    assert checkpoint.load_checkpoint(tmp_path / "halves")["progress"]["step"] == cut
     command = [sys.executable, ROOT / "train.py", "--resume", tmp_path / "halves", "--device", "cpu"]
     assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
     assert same_run(tmp_path / "halves", tmp_path / "whole")
+    counts = checkpoint.load_checkpoint(tmp_path / "whole")["model"]["quantizer.ema_counts"]
+    assert counts.unique(return_counts=True)[1].max() > 50  # many codes revived together
+
+
+def test_second_sigterm_does_not_cut_the_save_short(tmp_path):
+    """A scheduler may send it to the process and again to its group."""
+    code = """if True:
+        import os, signal, train
+        original = train.batch_indices
+        def batch_indices(*args):
+            if args[-1] == 8:
+                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(*args)
+        train.batch_indices = batch_indices
+        train.main(train.parse_args())"""
+    done = subprocess.run([sys.executable, "-c", code, f"--out-dir={tmp_path}", *SMALL], cwd=ROOT, capture_output=True)
+    assert done.returncode == 143 and checkpoint.load_checkpoint(tmp_path)["progress"]["step"] == 9
 
 
 # The choice of the data set
@@ -225,6 +245,7 @@ def test_resume_refuses_flags_that_contradict_the_run_and_names_both_values(caps
         printed = refusal(capsys, "--resume", trained_run, flag, value)
         assert f"{flag} is {value}, but the run in {trained_run} has {saved}" in printed
     assert "has done its 30 steps; give more with --steps" in refusal(capsys, "--resume", trained_run)
+    assert "checkpoint" in refusal(capsys, "--resume", "n" * 300)
     assert "leave out --out-dir" in refusal(capsys, "--resume", trained_run, "--steps", 40, "--out-dir", "elsewhere")
 
 
