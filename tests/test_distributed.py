@@ -1,10 +1,8 @@
 """Several processes over gloo: the codebook is one, the run is that of one process, and a death is no hang."""
 
-import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -157,19 +155,6 @@ def test_sigterm_to_the_agent_saves_and_stops_all_ranks(tmp_path):
     code, printed = finish(process, seconds=60)
     step = load_checkpoint(tmp_path)["progress"]["step"]
     assert code != 0 and step >= 3 and f"stopped at step {step}" in printed
-
-
-def test_two_nodes_train_together(tmp_path):
-    """Two agents, as on two machines, that meet at an address."""
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    meet = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test"]
-    nodes = [torchrun(*meet, *RUN, f"--out-dir={tmp_path}", nproc=1) for _ in range(2)]
-    ended = [finish(node) for node in nodes]
-    assert [code for code, _ in ended] == [0, 0], ended
-    assert sum(printed.count(", 2 processes") for _, printed in ended) == 1  # one run of two, not two runs
-    assert (tmp_path / "summary.json").exists() and len(rows(tmp_path)) == 4
 
 
 @pytest.mark.slow
