@@ -1,7 +1,6 @@
 """Several processes over gloo: the codebook is one, the run is that of one process, and a death is no hang."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -72,11 +71,9 @@ def test_codebook_is_the_same_on_every_rank_and_that_of_one_process_on_the_joint
                 torch.testing.assert_close(histories[0][step][name], value, rtol=1e-4, atol=1e-5)
 
 
-def torchrun(*flags, nproc=2, inside=()):
-    elastic = [*inside, sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={nproc}"]
+def torchrun(*flags, nproc=2):
+    elastic = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={nproc}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    if inside:
-        environment["GLOO_SOCKET_IFNAME"] = "veth0"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([*elastic, *map(str, flags)], cwd=ROOT, env=environment, **pipes)
 
@@ -155,33 +152,3 @@ def test_sigterm_to_the_agent_saves_and_stops_all_ranks(tmp_path):
     code, printed = finish(process, seconds=60)
     step = load_checkpoint(tmp_path)["progress"]["step"]
     assert code != 0 and step >= 3 and f"stopped at step {step}" in printed
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("ip"), reason="needs iproute2")
-def test_two_nodes_with_addresses_of_their_own_train_together(tmp_path):
-    """Two network namespaces, joined by a cable, are two machines with an address each."""
-    a, b = f"vqa{os.getpid()}", f"vqb{os.getpid()}"
-    if subprocess.run(["ip", "netns", "add", a], capture_output=True).returncode:
-        pytest.skip("may not make network namespaces")
-    try:
-        subprocess.run(["ip", "netns", "add", b], check=True)
-        cable = ["ip", "link", "add", "veth0", "netns", a, "type", "veth", "peer", "name", "veth0", "netns", b]
-        subprocess.run(cable, check=True)
-        nodes = []
-        for name, address in ((a, "10.77.0.1"), (b, "10.77.0.2")):
-            inside = ["ip", "netns", "exec", name]
-            subprocess.run([*inside, "ip", "address", "add", f"{address}/24", "dev", "veth0"], check=True)
-            subprocess.run([*inside, "ip", "link", "set", "veth0", "up"], check=True)
-            subprocess.run([*inside, "ip", "link", "set", "lo", "up"], check=True)
-        for name, address in ((a, "10.77.0.1"), (b, "10.77.0.2")):
-            meet = ["--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=10.77.0.1:29500", "--rdzv-id=test"]
-            # What machines find out from their names, which these two do not have.
-            meet += [f"--local-addr={address}", f"--rdzv-conf=is_host={int(name == a)}"]
-            nodes.append(torchrun(*meet, *RUN, f"--out-dir={tmp_path}", nproc=1, inside=["ip", "netns", "exec", name]))
-        ended = [finish(node) for node in nodes]
-        assert [code for code, _ in ended] == [0, 0], ended
-        assert sum(printed.count(", 2 processes") for _, printed in ended) == 1
-    finally:
-        for name in (a, b):
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
