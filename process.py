@@ -1,6 +1,7 @@
 """What every script needs around its work: types of flags, device, processes, and what ends it early."""
 
 import argparse
+import atexit
 import contextlib
 import math
 import os
@@ -97,6 +98,7 @@ def join_processes(device: torch.device) -> tuple[int, int]:
     if os.environ["GROUP_WORLD_SIZE"] == "1":  # after a restart the store still holds the addresses of the dead
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=ranks)
+    atexit.register(dist.destroy_process_group)  # else its threads outlive the interpreter and, at times, abort it
     return rank, ranks
 
 

@@ -1,6 +1,7 @@
 """Several processes over gloo: the codebook is one, the run is that of one process, and a death is no hang."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,9 +72,11 @@ def test_codebook_is_the_same_on_every_rank_and_that_of_one_process_on_the_joint
                 torch.testing.assert_close(histories[0][step][name], value, rtol=1e-4, atol=1e-5)
 
 
-def torchrun(*flags, nproc=2):
-    elastic = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={nproc}"]
+def torchrun(*flags, nproc=2, inside=(), interface=None):
+    elastic = [*inside, sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={nproc}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if interface:
+        environment["GLOO_SOCKET_IFNAME"] = interface
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([*elastic, *map(str, flags)], cwd=ROOT, env=environment, **pipes)
 
@@ -115,10 +118,14 @@ def workers(agent):
 
 
 def kill_one_rank(process, folder):
+    wait_for_metrics(process, folder)
+    os.kill(workers(process)[-1], signal.SIGKILL)
+
+
+def wait_for_metrics(process, folder):
     while not (folder / "metrics.csv").exists() or len(rows(folder)) < 3:
         time.sleep(0.1)
         assert process.poll() is None
-    os.kill(workers(process)[-1], signal.SIGKILL)
 
 
 @pytest.mark.slow
@@ -145,10 +152,57 @@ def test_sigterm_to_the_agent_saves_and_stops_all_ranks(tmp_path):
     process = torchrun(
         "--standalone", *RUN, "--steps=5000", "--save-every=5000", "--log-every=1", f"--out-dir={tmp_path}"
     )
-    while not (tmp_path / "metrics.csv").exists() or len(rows(tmp_path)) < 3:
-        time.sleep(0.1)
-        assert process.poll() is None
+    wait_for_metrics(process, tmp_path)
     process.send_signal(signal.SIGTERM)
     code, printed = finish(process, seconds=60)
     step = load_checkpoint(tmp_path)["progress"]["step"]
     assert code != 0 and step >= 3 and f"stopped at step {step}" in printed
+
+
+@pytest.fixture
+def nodes():
+    """Two network namespaces joined by a cable, which are two machines with an address each; else two of loopback.
+
+    Returns, for each: what to put before a command to run it there, the address, and the network interface.
+    """
+    names = f"vqa{os.getpid()}", f"vqb{os.getpid()}"
+    made = [
+        shutil.which("ip") and subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode == 0
+        for name in names
+    ]
+    if all(made):
+        a, b = names
+        cable = ["ip", "link", "add", "veth0", "netns", a, "type", "veth", "peer", "name", "veth0", "netns", b]
+        subprocess.run(cable, check=True)
+        there = [(["ip", "netns", "exec", a], "10.77.0.1", "veth0"), (["ip", "netns", "exec", b], "10.77.0.2", "veth0")]
+        for inside, address, interface in there:
+            subprocess.run([*inside, "ip", "address", "add", f"{address}/24", "dev", interface], check=True)
+            for device in ("lo", interface):
+                subprocess.run([*inside, "ip", "link", "set", device, "up"], check=True)
+        yield there
+    else:
+        yield [([], "127.0.0.1", "lo"), ([], "127.0.0.2", "lo")]
+    for name in (name for name, known in zip(names, made) if known):
+        subprocess.run(["ip", "netns", "delete", name], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="names network interfaces as Linux does")
+def test_two_nodes_train_together_and_restart_together(nodes, tmp_path):
+    """A process of the second node dies: torchrun starts those of both again, from the last checkpoint."""
+    meet = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint={nodes[0][1]}:29511", "--rdzv-id=test"]
+    run = [*RUN, "--steps=60", "--save-every=5", "--log-every=1", f"--out-dir={tmp_path}"]
+    agents = []
+    for i, (inside, address, interface) in enumerate(nodes):
+        # What machines find out from their names, which these two do not have.
+        own = [f"--local-addr={address}", f"--rdzv-conf=is_host={int(i == 0)}", "--max-restarts=3"]
+        agents.append(torchrun(*meet, *own, *run, nproc=1, inside=inside, interface=interface))
+    try:
+        kill_one_rank(agents[1], tmp_path)
+        ended = [finish(agent) for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert sum(printed.count(", 2 processes") for _, printed in ended) == 2
+    assert [int(row["step"]) for row in rows(tmp_path)] == list(range(1, 61))  # nothing lost, nothing twice
