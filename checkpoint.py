@@ -15,8 +15,9 @@ from torch import Tensor
 from model import VQVAE, build_model
 from process import fail
 
-FORMAT = 1
+FORMAT = 2
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint_previous.pt"
+IMAGE_CACHE = "images.pt"  # decoded images of a folder; not of one run, so that a new run finds it too
 CONTENTS = ("args", "image_shape", "model", "optimizer", "progress", "random")
 RUN_FILES = (CHECKPOINT, PREVIOUS, "metrics.csv", "*.json", "curves.png", "codebook.png", "recon_*.png")
 
@@ -46,11 +47,12 @@ def prepare_folder(out_dir: str | Path) -> Path:
     folder = writable_folder(out_dir)
     earlier = [path for pattern in RUN_FILES for path in folder.glob(pattern)]
     if earlier:
-        newest = max(path.stat().st_mtime for path in earlier)
-        archive = folder / time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(newest))
-        while archive.exists():
+        # The newest goes last: killed halfway, the next start finds the same name, and goes on.
+        earlier.sort(key=lambda path: path.stat().st_mtime)
+        archive = folder / time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(earlier[-1].stat().st_mtime))
+        while any((archive / path.name).exists() for path in earlier):
             archive = archive.with_name(archive.name + "_")
-        archive.mkdir()
+        archive.mkdir(exist_ok=True)
         for path in earlier:
             path.rename(archive / path.name)
         print(f"moved the earlier run in {folder} to {archive}", flush=True)
@@ -133,21 +135,34 @@ class Damaged(ValueError):
 def read_checkpoint(path: Path) -> dict:
     if not os.path.isfile(path):
         raise Damaged(f"{path.parent} holds no {path.name}; name the folder of a run that saved one")
+    state = read_file(path)
+    if isinstance(state, dict) and isinstance(state.get("format"), int) and state["format"] != FORMAT:
+        remedy = (
+            "update the project" if state["format"] > FORMAT else "train again, or go back to the version before it"
+        )
+        raise ValueError(f"{path} has format {state['format']}, this version reads {FORMAT}; {remedy}")
+    if not isinstance(state, dict) or not state.keys() >= {"format", *CONTENTS}:
+        raise Damaged(f"{path} is not a checkpoint of this project; name the folder of a run")
+    return state
+
+
+def read_file(path: Path, mmap: bool = False):
+    """Return what torch.save wrote, on the CPU; code in the file is never executed.
+
+    Raises:
+        ValueError: the file cannot be read.
+        Damaged: it is not what torch.save wrote.
+    """
     try:
         with zipfile.ZipFile(path) as archive:  # torch.save writes a zip archive, and torch.load skips its checksums
             if damaged := archive.testzip():
                 raise ValueError(f"{damaged} fails its checksum")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error})") from error
     except Exception as error:  # bytes gone wrong surface as almost any exception
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise Damaged(f"{path} is damaged or not a checkpoint ({reason})") from error
-    if isinstance(state, dict) and isinstance(state.get("format"), int) and state["format"] > FORMAT:
-        raise ValueError(f"{path} has format {state['format']}, this version reads up to {FORMAT}; update the project")
-    if not isinstance(state, dict) or not state.keys() >= {"format", *CONTENTS}:
-        raise Damaged(f"{path} is not a checkpoint of this project; name the folder of a run")
-    return state
 
 
 def load_model(checkpoint: dict, device: torch.device | str = "cpu") -> VQVAE:
@@ -172,11 +187,11 @@ def set_random_state(state: dict[str, Tensor], device: torch.device):
 
 @contextlib.contextmanager
 def run_errors(folder: Path, progress: dict):
-    """End a run that diverged or cannot write with one line that names its last checkpoint, and exit code 1."""
+    """End a run that diverged or lost its disk with one line that names its last checkpoint, and exit code 1."""
     try:
         yield
     except (OSError, FloatingPointError) as error:
-        kind = "diverged" if isinstance(error, FloatingPointError) else "cannot write"
+        kind = "diverged" if isinstance(error, FloatingPointError) else "cannot go on"
         message = f"{kind} after step {progress['step']}: {error}"
         with contextlib.suppress(ValueError, OSError):
             saved = load_checkpoint(folder)["progress"]["step"]

@@ -1,14 +1,17 @@
-"""Data sets as uint8 tensors, and batches whose order is a function of the seed and the step.
+"""Data sets as uint8 images, in memory or on disk, and batches whose order is a function of the seed and the step.
 
 Shapes: N images, B batch, C channels
-    images  (N, C, H, W) uint8
-    labels  (N,) int64
+    images  (N, C, H, W) uint8      a tensor, or `ImageFiles` where they do not fit in memory
+    labels  (N,) int64              None where the images have none
 """
 
 import functools
 import http.client
+import os
+import signal
 import socket
 import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,12 +19,15 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
+from torch.utils.data import DataLoader
 from torchvision import datasets
 from torchvision.datasets.utils import calculate_md5, check_integrity
 from torchvision.transforms.functional import resize
 
-TORCHVISION = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "kmnist": datasets.KMNIST}
-NAMES = (*TORCHVISION, "digits")
+from images import ImageFiles, Images, count_pixels, fit, load_folder
+
+IDX = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "kmnist": datasets.KMNIST}
+NAMES = (*IDX, "cifar10", "digits")
 # torchvision knows the checksums of the archives, not of the files in them, and never looks at those again.
 MNIST_MD5 = {
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
@@ -33,52 +39,82 @@ MNIST_MD5 = {
 
 class Dataset(NamedTuple):
     name: str
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
+    train_images: Images
+    train_labels: Tensor | None
+    test_images: Images
+    test_labels: Tensor | None
+    mean: Tensor  # (C,) of the training images' pixels in [0, 1]
+    std: Tensor
 
 
 class Unavailable(ValueError):
     """The data set is not on disk and cannot be downloaded."""
 
 
-def load_dataset(name: str, data_dir: str | Path) -> Dataset:
-    """Load a data set whole, downloading it into `data_dir` when it is missing.
+def load_dataset(
+    name: str,
+    data_dir: str | Path = "data",
+    image_size: int | None = None,
+    memory_limit: float | None = None,
+    skip_bad_images: bool = False,
+    cache: Path | None = None,
+) -> Dataset:
+    """Load a data set by name, downloading it into `data_dir` when it is missing, or a folder of images by its path.
+
+    Args:
+        image_size: scale the short side to this many pixels, and crop the centre. Without it all must share one size.
+        memory_limit: in GB; a folder of more than this, uint8, is read from disk while training. None: half of what is
+            free.
+        skip_bad_images: leave out images of a folder that cannot be decoded.
+        cache: file that a folder's images, once decoded, are kept in until the folder changes.
 
     Raises:
         Unavailable: it is neither in `data_dir` nor can it be downloaded.
         ValueError: a file of it is truncated or corrupt; the message names the file.
     """
-    if name == "digits":
-        return load_digits_28()
-    source = TORCHVISION[name]
-    check_files(source, data_dir)  # before torchvision reads them: what it makes of broken ones names none
+    if name not in NAMES:
+        if not Path(name).is_dir():
+            raise ValueError(f"--dataset {name} is neither a folder nor one of {', '.join(NAMES)}")
+        *splits, counts = load_folder(Path(name), image_size, memory_limit, skip_bad_images, cache)
+        return Dataset(Path(name).resolve().name, *splits, *channel_stats(counts))
+    train, test = digits() if name == "digits" else torchvision_splits(name, data_dir)
+    if image_size is not None:
+        train, test = ((fit(images, image_size), labels) for images, labels in (train, test))
+    return Dataset(name, *train, *test, *channel_stats(count_pixels(train[0])))
+
+
+def torchvision_splits(name: str, data_dir: str | Path) -> list[tuple[Tensor, Tensor]]:
+    source, check = (datasets.CIFAR10, check_cifar) if name == "cifar10" else (IDX[name], check_idx_files)
+    check(source, data_dir)  # before torchvision reads them: what it makes of broken ones names none
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # seconds without an answer
     try:
         train = source(data_dir, download=True)
     except (OSError, RuntimeError, http.client.HTTPException) as error:
-        check_files(source, data_dir, archives=True)
+        check(source, data_dir, archives=True)
         reason = " ".join(str(error).split())
         raise Unavailable(f"{name} is not in {data_dir} and cannot be downloaded ({reason})") from error
     finally:
         socket.setdefaulttimeout(timeout)
-    check_files(source, data_dir)
-    test = source(data_dir, train=False)
-    return Dataset(name, train.data[:, None], train.targets, test.data[:, None], test.targets)
+    check(source, data_dir)
+    splits = []
+    for split in (train, source(data_dir, train=False)):
+        images = torch.as_tensor(split.data)  # (N, H, W), or (N, H, W, C)
+        images = images[:, None] if images.ndim == 3 else images.movedim(-1, 1).contiguous()
+        splits.append((images, torch.as_tensor(split.targets)))
+    return splits
 
 
-def load_digits_28() -> Dataset:
-    """Load scikit-learn's embedded 1,797 digits of 8x8 pixels, resized to 28x28; the last 297 are the test set."""
-    digits = load_digits()
-    images = torch.from_numpy(digits.images[:, None] * (255 / 16)).float()  # (N, 1, 8, 8), 17 grey levels
+def digits() -> list[tuple[Tensor, Tensor]]:
+    """Return scikit-learn's embedded 1,797 digits of 8x8 pixels, resized to 28x28; the last 297 are the test set."""
+    source = load_digits()
+    images = torch.from_numpy(source.images[:, None] * (255 / 16)).float()  # (N, 1, 8, 8), 17 grey levels
     images = resize(images, [28, 28], antialias=True).round().clamp(0, 255).to(torch.uint8)
-    labels = torch.from_numpy(digits.target).long()
-    return Dataset("digits", images[:1500], labels[:1500], images[1500:], labels[1500:])
+    labels = torch.from_numpy(source.target).long()
+    return [(images[:1500], labels[:1500]), (images[1500:], labels[1500:])]
 
 
-def check_files(source: type[datasets.MNIST], data_dir: str | Path, archives: bool = False):
+def check_idx_files(source: type[datasets.MNIST], data_dir: str | Path, archives: bool = False):
     """Raise ValueError naming the first of the four files that is truncated or corrupt; missing files are no error.
 
     With `archives`, a damaged archive of a missing file counts as well.
@@ -126,11 +162,20 @@ def check_idx(path: Path, remedy: str) -> int:
     return int(header[1])
 
 
-def channel_stats(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean and standard deviation of each channel, (C,) float32, of pixels in [0, 1]."""
+def check_cifar(source: type[datasets.CIFAR10], data_dir: str | Path, archives: bool = False):
+    """Raise ValueError naming the first file that is truncated or corrupt; missing files are no error."""
+    folder = Path(data_dir, source.base_folder)
+    files = [(folder / name, md5) for name, md5 in source.train_list + source.test_list]
+    files += [(Path(data_dir, source.filename), source.tgz_md5)] if archives else []
+    for path, md5 in files:
+        if path.is_file() and not check_integrity(path, md5):
+            raise ValueError(f"{path} is truncated or corrupt; delete it, and run again to download it")
+
+
+def channel_stats(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and standard deviation, (C,) float32, of pixels in [0, 1] of which each level is counted."""
     levels = torch.arange(256, dtype=torch.float64) / 255
-    counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in images.unbind(1)]).double()
-    share = counts / counts.sum(1, keepdim=True)  # (C, 256): a histogram, so that no float copy of the images is made
+    share = counts / counts.sum(1, keepdim=True).double()
     mean = share @ levels
     std = (share * (levels - mean[:, None]).square()).sum(1).sqrt()
     return mean.float(), std.clamp(min=1e-3).float()
@@ -152,6 +197,44 @@ def batch_indices(n: int, batch_size: int, seed: int, step: int) -> Tensor:
     epochs = range(start // n, (stop - 1) // n + 1)
     parts = [epoch_order(n, seed, e)[max(start - e * n, 0) : stop - e * n] for e in epochs]
     return torch.cat(parts)
+
+
+def batches(images: Images, order: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """Yield, for each of `order`'s indices (B,), these images (B, C, H, W) uint8 on a device.
+
+    Those on disk are decoded ahead of time by worker processes.
+
+    Raises:
+        OSError: one of them cannot be read or decoded.
+    """
+    if isinstance(images, ImageFiles):
+        loader = DataLoader(
+            images,
+            batch_sampler=(indices.tolist() for indices in order),
+            num_workers=min(8, os.cpu_count() or 1),
+            worker_init_fn=ignore_signals,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # not the global one, whose state is the run's
+        )
+        workers = iter(loader)
+        try:
+            for batch in workers:
+                yield batch.to(device, non_blocking=True)
+        except ValueError as error:  # with the traceback of the worker
+            raise OSError(str(error).splitlines()[-1].removeprefix("ValueError: ")) from error
+        finally:
+            workers._shutdown_workers()  # an error's traceback would keep them, and they ignore SIGTERM
+    else:
+        if device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+            images = images.to(device)
+        for indices in order:
+            yield images[indices.to(images.device)].to(device)
+
+
+def ignore_signals(_worker: int):
+    """Leave Ctrl-C and SIGTERM, which reach all processes of a job, to the process that trains."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def to_pixels(images: Tensor, device: torch.device) -> Tensor:

@@ -11,34 +11,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoint import load_checkpoint, load_model, writable_folder, write_whole
-from data import load_dataset, to_pixels
-from model import VQVAE
+from checkpoint import IMAGE_CACHE, load_checkpoint, load_model, writable_folder, write_whole
+from data import batches, load_dataset, to_pixels
+from images import Images
+from model import LEVELS, VQVAE
 from process import pick_device, user_errors
 from quantizer import perplexity
 
 
 @torch.inference_mode()
-def evaluate(model: VQVAE, images: Tensor, batch_size: int = 250) -> tuple[dict[str, float], Tensor]:
+def evaluate(model: VQVAE, images: Images, batch_size: int = 250) -> tuple[dict[str, float], list[Tensor]]:
     """Reconstruct uint8 images (N, C, H, W) in float32; the figures are over all of them, whatever the batch size.
 
     Returns:
-        test_mse, test_psnr (dB), test_ssim, perplexity and codes_used; and each code's count, (K,) int64.
+        test_mse, test_psnr (dB), test_ssim, and perplexity and codes_used of each level (`LEVELS`);
+        and each level's counts of its codes, (K,) int64.
     """
     was_training = model.training
     model.eval()
     device = model.mean.device
-    errors, counts = [], 0
-    for batch in images.split(batch_size):
+    errors, counts = [], [0] * len(model.levels)
+    for batch in batches(images, torch.arange(len(images)).split(batch_size), device):
         x = to_pixels(batch, device)
         out = model(x)
         x_recon = out.x_recon.clamp(0, 1)
         mse = (x_recon - x).square().mean((1, 2, 3))
         errors.append(torch.stack([mse, -10 * mse.clamp(min=1e-12).log10(), ssim(x_recon, x)]).cpu().double())
-        counts = counts + model.quantizer.count(out.indices).cpu()
+        for i, (level, quantized) in enumerate(zip(model.levels, out.levels)):
+            counts[i] = counts[i] + level.quantizer.count(quantized.indices).cpu()
     model.train(was_training)
     measured = dict(zip(("test_mse", "test_psnr", "test_ssim"), torch.cat(errors, 1).mean(1).tolist()))
-    return measured | {"perplexity": perplexity(counts).item(), "codes_used": int((counts > 0).sum())}, counts
+    for of, uses in zip(LEVELS[len(counts)], counts):
+        measured |= {"perplexity" + of: perplexity(uses).item(), "codes_used" + of: int((uses > 0).sum())}
+    return measured, counts
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
@@ -74,8 +79,13 @@ def main(args: argparse.Namespace):
     with user_errors():
         checkpoint = load_checkpoint(args.run)
         trained_with = checkpoint["args"]
-        data = load_dataset(trained_with["dataset"], args.data_dir or trained_with["data_dir"])
         folder = writable_folder(args.run)
+        data = load_dataset(
+            trained_with["dataset"],
+            args.data_dir or trained_with["data_dir"],
+            *(trained_with[name] for name in ("image_size", "memory_limit", "skip_bad_images")),
+            cache=folder / IMAGE_CACHE,
+        )
     measured, _ = evaluate(load_model(checkpoint, pick_device()[0]), data.test_images)
     text = json.dumps({"dataset": data.name, "step": checkpoint["progress"]["step"], **measured}, indent=2)
     write_whole(folder / "evaluation.json", (text + "\n").encode())

@@ -1,30 +1,31 @@
-"""Encoder, decoder and the VQ-VAE made of them.
+"""Encoder, decoder and the VQ-VAE made of them, with one level of codes or two.
 
 Shapes: B batch, C image channels, D code_dim, K codebook_size; an image of H x W pixels has h x w codes
     x, x_recon  (B, C, H, W)        pixels in [0, 1]
-    z_e, z_q    (B, D, h, w)        h = ceil(H / 4), w = ceil(W / 4)
+    z_e, z_q    (B, D, h, w)        h = ceil(H / S), w = ceil(W / S), where a level has a code per S x S pixels
     indices     (B, h, w) int64
+What there is of each level comes as a list, the top level (the one with the fewest codes) first.
 
-Source: VQ-VAE, arXiv 1711.00937, section 4.1. Departures, all for speed at equal quality on a processor: strided and
-transposed convolutions became pixel (un)shuffles with plain ones, ReLU became SiLU, and most layers work at 1/4 size.
+Source: VQ-VAE, arXiv 1711.00937, section 4.1; two levels: VQ-VAE-2, arXiv 1906.00446, section 3.1. Departures, all for
+speed at equal quality on a processor: strided and transposed convolutions became pixel (un)shuffles with plain ones,
+ReLU became SiLU, and most layers work at the size of the codes.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantizer import VectorQuantizer
+from quantizer import Quantized, VectorQuantizer
 
-STRIDE = 4  # pixels per code, in each direction
+LEVELS = {1: ("",), 2: ("_top", "_bottom")}  # for each number of levels, what is added to the name of what each has
 
 
 class Reconstruction(NamedTuple):
     x_recon: Tensor
-    indices: Tensor
-    codebook_loss: Tensor
-    commitment_loss: Tensor
+    levels: list[Quantized]  # top first
 
 
 class ResidualBlock(nn.Sequential):
@@ -39,50 +40,61 @@ class ResidualBlock(nn.Sequential):
         return x + super().forward(x)
 
 
-class Encoder(nn.Sequential):
-    """Map normalised images (B, C, H, W), H and W divisible by 4, to z_e (B, D, H/4, W/4)."""
+def stage_widths(width: int, stride: int) -> list[int]:
+    """Return the channels at 1/2, 1/4, ... 1/stride of the size: half the width where there are the most pixels."""
+    stages = stride.bit_length() - 1
+    return [max(1, width // 2), *[width] * (stages - 1)] if stages > 1 else [width]
 
-    def __init__(self, channels: int, code_dim: int, width: int, blocks: int):
-        half = max(1, width // 2)
-        super().__init__(
-            nn.PixelUnshuffle(2),  # (B, 4 C, H/2, W/2)
-            nn.Conv2d(channels * 4, half, 3, padding=1),
-            nn.SiLU(),
-            nn.PixelUnshuffle(2),  # (B, 4 half, H/4, W/4)
-            nn.Conv2d(half * 4, width, 1),
-            *(ResidualBlock(width) for _ in range(blocks)),
-            nn.SiLU(),
-            nn.Conv2d(width, code_dim, 1),
-        )
+
+class Encoder(nn.Sequential):
+    """Map (B, C, H, W), H and W divisible by `stride`, to features (B, width, H/stride, W/stride)."""
+
+    def __init__(self, channels: int, width: int, blocks: int, stride: int):
+        widths = stage_widths(width, stride)
+        layers = [nn.PixelUnshuffle(2), nn.Conv2d(channels * 4, widths[0], 3, padding=1)]
+        for before, after in pairwise(widths):
+            layers += [nn.SiLU(), nn.PixelUnshuffle(2), nn.Conv2d(before * 4, after, 1)]
+        super().__init__(*layers, *(ResidualBlock(width) for _ in range(blocks)))
 
 
 class Decoder(nn.Sequential):
-    """Map z_q (B, D, h, w) to normalised images (B, C, 4h, 4w)."""
+    """Map codes (B, D, h, w) to (B, C, stride h, stride w)."""
 
-    def __init__(self, channels: int, code_dim: int, width: int, blocks: int):
-        half = max(1, width // 2)
-        super().__init__(
-            nn.Conv2d(code_dim, width, 3, padding=1),
-            *(ResidualBlock(width) for _ in range(blocks)),
-            nn.SiLU(),
-            nn.Conv2d(width, half * 4, 1),
-            nn.PixelShuffle(2),  # (B, half, 2h, 2w)
-            ResidualBlock(half),
-            nn.SiLU(),
-            nn.Conv2d(half, channels * 4, 3, padding=1),
-            nn.PixelShuffle(2),  # (B, C, 4h, 4w)
-        )
+    def __init__(self, code_dim: int, channels: int, width: int, blocks: int, stride: int):
+        widths = stage_widths(width, stride)[::-1]
+        layers = [nn.Conv2d(code_dim, width, 3, padding=1), *(ResidualBlock(width) for _ in range(blocks))]
+        for before, after in pairwise(widths):
+            layers += [nn.SiLU(), nn.Conv2d(before, after * 4, 1), nn.PixelShuffle(2), ResidualBlock(after)]
+        super().__init__(*layers, nn.SiLU(), nn.Conv2d(widths[-1], channels * 4, 3, padding=1), nn.PixelShuffle(2))
+
+
+class Level(nn.Module):
+    """One level of codes: the encoder of what is below it, its quantizer, and the decoder of its codes."""
+
+    def __init__(self, encoder: Encoder, to_code: nn.Module, quantizer: VectorQuantizer, decoder: Decoder):
+        super().__init__()
+        self.encoder, self.to_code, self.quantizer, self.decoder = encoder, to_code, quantizer, decoder
+
+    def average_code(self, batch: int, height: int, width: int) -> Tensor:
+        """Return the mean of the codes, weighted by their use, everywhere: z_q (B, D, h, w)."""
+        counts = self.quantizer.ema_counts
+        return (counts @ self.quantizer.codebook / counts.sum()).view(1, -1, 1, 1).expand(batch, -1, height, width)
 
 
 class VQVAE(nn.Module):
-    """Autoencoder whose latents are codes of a codebook (arXiv 1711.00937).
+    """Autoencoder whose latents are codes of a codebook (arXiv 1711.00937), or of two (arXiv 1906.00446).
+
+    With two levels, the top encoder sees the bottom encoder's features; what the top codes are decoded to joins these
+    features before they are quantized, and the bottom codes in the decoder that makes the image.
 
     Args:
         channels: of the images, C.
         image_size: (H, W) of the training images, for `decode`; `encode` and `forward` take any size.
-        codebook_size, code_dim: K and D.
+        codebook_size, code_dim: K and D, of each level.
         width: channels of the convolutions.
-        blocks: residual blocks in the encoder, and as many in the decoder.
+        blocks: residual blocks in each encoder, and as many in each decoder.
+        downsample: pixels per code of the bottom level in each direction, a power of two from 2 on.
+        levels: of codes; each has half the height and width of the one below it.
         mean, std: (C,) of the training pixels. The network sees and makes normalised images.
         quantizer_options: further arguments of `VectorQuantizer`.
     """
@@ -95,54 +107,102 @@ class VQVAE(nn.Module):
         code_dim: int = 64,
         width: int = 64,
         blocks: int = 2,
+        downsample: int = 4,
+        levels: int = 1,
         mean: Tensor | float = 0.0,
         std: Tensor | float = 1.0,
         **quantizer_options,
     ):
         super().__init__()
+        if downsample < 2 or downsample.bit_count() > 1:
+            raise ValueError(f"downsample is {downsample}, but must be a power of two from 2 on")
         self.channels, self.image_size = channels, tuple(image_size)
+        self.strides = [downsample * 2**i for i in reversed(range(levels))]  # pixels per code, top first
         self.register_buffer("mean", torch.as_tensor(mean).expand(channels).reshape(-1, 1, 1).clone())
         self.register_buffer("std", torch.as_tensor(std).expand(channels).reshape(-1, 1, 1).clone())
-        self.encoder = Encoder(channels, code_dim, width, blocks)
-        self.quantizer = VectorQuantizer(codebook_size, code_dim, **quantizer_options)
-        self.decoder = Decoder(channels, code_dim, width, blocks)
+        self.levels = nn.ModuleList()
+        for i in reversed(range(levels)):
+            above = code_dim if i < levels - 1 else 0  # channels that the level above is decoded to
+            below, stride = (width, 2) if i else (channels, downsample)
+            encoder = Encoder(below, width, blocks, stride)
+            to_code = nn.Sequential(nn.SiLU(), nn.Conv2d(width + above, code_dim, 1))
+            quantizer = VectorQuantizer(codebook_size, code_dim, **quantizer_options)
+            decoder = Decoder(code_dim + above, code_dim if i else channels, width, blocks, stride)
+            self.levels.append(Level(encoder, to_code, quantizer, decoder))
 
     def forward(self, x: Tensor) -> Reconstruction:
         """Encode, quantize and decode; x_recon is float32 and not clamped to [0, 1]."""
-        quantized = self.quantizer(self.z_e(x))
-        x_recon = self._pixels(quantized.z_q, x.shape[-2:])
-        return Reconstruction(x_recon, quantized.indices, quantized.codebook_loss, quantized.commitment_loss)
+        quantized, above = [], None
+        for level, features in zip(self.levels, self._features(x)):
+            quantized.append(level.quantizer(level.to_code(join(features, above))))
+            above = level.decoder(join(quantized[-1].z_q, above))
+        return Reconstruction(self._pixels(above, x.shape[-2:]), quantized)
 
-    def z_e(self, x: Tensor) -> Tensor:
-        """Return what the encoder makes of images, (B, D, h, w), before it is quantized."""
-        if x.ndim != 4 or x.shape[1] != self.channels:
-            raise ValueError(f"images have shape {tuple(x.shape)}, but the model needs (B, {self.channels}, H, W)")
-        bottom, right = -x.shape[-2] % STRIDE, -x.shape[-1] % STRIDE
-        x = (x - self.mean) / self.std
-        return self.encoder(F.pad(x, (0, right, 0, bottom), mode="replicate") if bottom or right else x)
+    def z_e(self, x: Tensor) -> list[Tensor]:
+        """Return each level's vectors of images, (B, D, h, w), before they are quantized; this changes no codebook."""
+        z_e, z_q = [], []
+        for level, features in zip(self.levels, self._features(x)):
+            z_e.append(level.to_code(join(features, self._decode(z_q))))
+            z_q.append(level.quantizer.lookup(level.quantizer.encode(z_e[-1])))
+        return z_e
 
     @torch.no_grad()
-    def encode(self, x: Tensor) -> Tensor:
-        """Return the codes of images: indices (B, h, w)."""
-        return self.quantizer.encode(self.z_e(x))
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """Return the codes of images: each level's indices (B, h, w)."""
+        return [level.quantizer.encode(z_e) for level, z_e in zip(self.levels, self.z_e(x))]
 
-    def decode(self, indices: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    def decode(self, indices: list[Tensor | None], size: tuple[int, int] | None = None) -> Tensor:
         """Return the images of codes, in [0, 1], cropped to `size`.
 
-        Without it they are cropped to the model's `image_size`, if they have as many codes as its images.
+        Without it they are cropped to the model's `image_size`, if they have as many codes as its images. None in place
+        of a level's indices stands for its average code everywhere: the images are what the other levels carry.
         """
+        known = [(level, stride) for level, stride in zip(indices, self.strides) if level is not None]
+        if len(indices) != len(self.levels) or not known:
+            raise ValueError(f"got indices of {len(indices)} levels, but the model has {len(self.levels)}")
+        batch, grid = len(known[0][0]), [length * known[0][1] for length in known[0][0].shape[-2:]]
+        z_q = [
+            level.average_code(batch, *(length // stride for length in grid))
+            if chosen is None
+            else level.quantizer.lookup(chosen)
+            for level, chosen, stride in zip(self.levels, indices, self.strides)
+        ]
         if size is None:
-            grid = tuple(-(-length // STRIDE) for length in self.image_size)
-            whole = tuple(length * STRIDE for length in indices.shape[-2:])
-            size = self.image_size if indices.shape[-2:] == grid else whole
-        return self._pixels(self.quantizer.lookup(indices), size).clamp(0, 1)
+            size = self.image_size if grid == self._padded(self.image_size) else grid
+        return self._pixels(self._decode(z_q), size).clamp(0, 1)
 
-    def _pixels(self, z_q: Tensor, size: tuple[int, int]) -> Tensor:
-        x = self.decoder(z_q)[..., : size[0], : size[1]]
-        return x.float() * self.std + self.mean
+    def _features(self, x):  # of each level, top first
+        if x.ndim != 4 or x.shape[1] != self.channels:
+            raise ValueError(f"images have shape {tuple(x.shape)}, but the model needs (B, {self.channels}, H, W)")
+        height, width = self._padded(x.shape[-2:])
+        x = (x - self.mean) / self.std
+        if (height, width) != x.shape[-2:]:
+            x = F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]), mode="replicate")
+        features = []
+        for level in reversed(self.levels):
+            x = level.encoder(x)
+            features.append(x)
+        return reversed(features)
+
+    def _padded(self, size):  # the size with whole codes at every level
+        return [-(-length // self.strides[0]) * self.strides[0] for length in size]
+
+    def _decode(self, z_q):  # of the top level, or of it and those below it
+        above = None
+        for level, codes in zip(self.levels, z_q):
+            above = level.decoder(join(codes, above))
+        return above
+
+    def _pixels(self, x, size):
+        return x[..., : size[0], : size[1]].float() * self.std + self.mean
+
+
+def join(x: Tensor, above: Tensor | None) -> Tensor:
+    return x if above is None else torch.cat([x, above], 1)
 
 
 def build_model(args: dict, image_shape: tuple[int, int, int], **statistics: Tensor) -> VQVAE:
     """Make the model that train.py's arguments describe, for images of shape (C, H, W)."""
-    names = ("codebook_size", "code_dim", "width", "blocks", "ema", "decay", "kmeans_start", "revive_below")
+    names = ("codebook_size", "code_dim", "width", "blocks", "downsample", "levels")
+    names += ("ema", "decay", "kmeans_start", "revive_below")
     return VQVAE(image_shape[0], image_shape[1:], **{name: args[name] for name in names}, **statistics)

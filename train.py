@@ -1,4 +1,4 @@
-"""Train a VQ-VAE (arXiv 1711.00937) on small images: `python train.py`.
+"""Train a VQ-VAE (arXiv 1711.00937), of one level or two (arXiv 1906.00446), on images: `python train.py`.
 
 A batch's order is a function of (seed, step), and all other state is in the checkpoint, so that a run stopped at any
 step and resumed ends with the same weights, bit for bit on a CPU, as one that was never stopped.
@@ -16,11 +16,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import figures
 from checkpoint import (
+    IMAGE_CACHE,
     load_checkpoint,
     prepare_folder,
     random_state,
@@ -31,9 +33,9 @@ from checkpoint import (
     writable_folder,
     write_whole,
 )
-from data import NAMES, Dataset, Unavailable, batch_indices, channel_stats, load_dataset, to_pixels
+from data import NAMES, Dataset, Unavailable, batch_indices, batches, load_dataset, to_pixels
 from evaluate import evaluate
-from model import VQVAE, build_model
+from model import LEVELS, VQVAE, build_model
 from process import (
     agree,
     catch_signals,
@@ -47,10 +49,9 @@ from process import (
 )
 from quantizer import perplexity
 
-COLUMNS = ("step", "recon_loss", "codebook_loss", "commitment_loss", "codes_used", "perplexity", "test_mse", "dataset")
 RESUME_MAY_CHANGE = {"steps", "save_every", "log_every", "data_dir", "device", "precision", "out_dir", "resume", "job"}
+RESUME_MAY_CHANGE |= {"memory_limit"}
 CODEBOOK_IMAGES = 100  # test images whose encoder outputs are drawn behind the codes
-RECON_IMAGES = figures.COLUMNS * figures.ROWS
 CURVE_IMAGES = 1000  # test images behind the curve of the test MSE; summary.json is about all of them
 
 
@@ -63,14 +64,38 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     switch = argparse.BooleanOptionalAction
     positive, rate, share = number(int, 1, 2**31), number(float, 0), number(float, 0, 1)
     group = parser.add_argument_group("data")
-    names = ("auto", *NAMES)
-    group.add_argument("--dataset", choices=names, default="auto", help="auto: mnist, or digits if it cannot be had")
+    group.add_argument(
+        "--dataset",
+        default="auto",
+        help=f"one of {', '.join(NAMES)}, or a folder of images, which may hold train/ and test/; "
+        "auto: mnist, or digits if it cannot be had",
+    )
     group.add_argument("--data-dir", default="data", help="folder that data sets are kept in and downloaded to")
+    group.add_argument(
+        "--image-size", type=positive, help="pixels to scale the short side to, before the centre is cropped"
+    )
+    group.add_argument(
+        "--skip-bad-images", action=switch, default=False, help="leave out images that cannot be decoded"
+    )
+    group.add_argument(
+        "--memory-limit",
+        type=number(float, 0),
+        metavar="GB",
+        help="images of a folder that take more are read from disk while training; by default half of the free memory",
+    )
     group = parser.add_argument_group("model")
     group.add_argument("--codebook-size", type=positive, default=512, help="K, number of codes")
     group.add_argument("--code-dim", type=positive, default=64, help="D, size of a code")
     group.add_argument("--width", type=positive, default=64, help="channels of the convolutions")
     group.add_argument("--blocks", type=number(int, 1, 1000), default=2, help="residual blocks in encoder and decoder")
+    group.add_argument("--levels", type=int, choices=(1, 2), default=1, help="of codes; 2: VQ-VAE-2")
+    group.add_argument(
+        "--downsample",
+        type=lambda text: text if text == "auto" else int(text),
+        choices=("auto", 2, 4, 8, 16, 32),
+        default="auto",
+        help="pixels per code in each direction; auto: 4 up to 64 pixels and for the lower of 2 levels, else 8",
+    )
     group = parser.add_argument_group("codebook")
     group.add_argument("--beta", type=rate, default=0.25, help="weight of the commitment loss")
     group.add_argument("--ema", action=switch, default=False, help="learn the codes by moving averages, not by a loss")
@@ -149,22 +174,26 @@ def main(args: argparse.Namespace):
         n = len(data.train_images)
         if not ranks <= args.batch_size <= n:
             raise ValueError(f"--batch-size {args.batch_size} is not from {ranks} (processes) to {n} (training images)")
-        resuming = args.resume is not None
         image_shape = tuple(data.train_images.shape[1:])
+        if args.downsample == "auto":
+            args.downsample = 4 if args.levels > 1 or max(image_shape) <= 64 else 8
         check_memory(lambda: build_model(vars(args), image_shape), device)
-        checkpoint = load_checkpoint(folder) if resuming else None
+        checkpoint = load_checkpoint(folder) if args.resume is not None else None
+        if checkpoint and not torch.equal(checkpoint["model"]["mean"].flatten(), data.mean):
+            raise ValueError(f"the images of {data.name} are not those that the run in {folder} was trained on")
         signals = catch_signals()
-        if rank == 0 and not resuming:
+        if rank == 0 and not checkpoint:
             prepare_folder(folder)
     torch.manual_seed(args.seed)
-    mean, std = channel_stats(data.train_images)
-    model = build_model(vars(args), image_shape, mean=mean, std=std)
+    model = build_model(vars(args), image_shape, mean=data.mean, std=data.std)
     model.to(device, memory_format=torch.channels_last).train()
-    networks = [*model.encoder.parameters(), *model.decoder.parameters()]
-    groups = [{"params": networks}, {"params": list(model.quantizer.parameters())}]  # the second is empty with --ema
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
-    # What is done, and the sums of the three losses and of each code's uses since the step last logged.
-    progress = {"step": 0, "seconds": 0.0, "logged": 0, "sums": torch.zeros(3 + args.codebook_size)}
+    quantizers = [level.quantizer for level in model.levels]
+    codebooks = [codebook for quantizer in quantizers for codebook in quantizer.parameters()]  # none with --ema
+    networks = [p for p in model.parameters() if not any(p is codebook for codebook in codebooks)]
+    optimizer = torch.optim.Adam([{"params": networks}, {"params": codebooks}], betas=(0.9, 0.99), fused=True)
+    # What is done, and the sums of the losses and of each code's uses since the step last logged.
+    sums = torch.zeros(1 + args.levels * (2 + args.codebook_size))
+    progress = {"step": 0, "seconds": 0.0, "logged": 0, "sums": sums}
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -172,7 +201,9 @@ def main(args: argparse.Namespace):
         progress = checkpoint["progress"]
     progress["sums"] = progress["sums"].to(device)
     forward = DistributedDataParallel(model) if ranks > 1 else model
-    images = data.train_images.to(device)
+    first_test_images = next(
+        batches(data.test_images, [torch.arange(min(CURVE_IMAGES, len(data.test_images)))], device)
+    )
 
     def save():
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": random_state(device)}
@@ -182,31 +213,36 @@ def main(args: argparse.Namespace):
         if rank == 0:
             where = f"{device.type} in {args.precision}" + (f", {ranks} processes" if ranks > 1 else "")
             print(f"training on {n:,} images of {data.name}, on {where}", flush=True)
-            trim_metrics(folder / "metrics.csv", COLUMNS, progress["step"])
+            trim_metrics(folder / "metrics.csv", columns(args.levels), progress["step"])
             if not checkpoint:
                 save()  # so that there is something to resume from the first step on
         hidden = rank > 0 or not (sys.stderr.isatty() and sys.stdout.isatty())
         bar = tqdm(total=args.steps, initial=progress["step"], disable=hidden, dynamic_ncols=True)
         began = time.perf_counter() - progress["seconds"]
-        for step in range(progress["step"] + 1, args.steps + 1):
+        steps = range(progress["step"] + 1, args.steps + 1)
+        order = (batch_indices(n, args.batch_size, args.seed, step - 1).tensor_split(ranks)[rank] for step in steps)
+        for step, images in zip(steps, batches(data.train_images, order, device)):
             for group, highest in zip(optimizer.param_groups, (args.lr, args.codebook_lr)):
                 group["lr"] = highest * schedule(step, args.steps)
-            batch = batch_indices(n, args.batch_size, args.seed, step - 1).tensor_split(ranks)[rank]
-            x = to_pixels(images[batch.to(device)], device)
+            x = to_pixels(images, device)
 
             with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bfloat16"):
-                out = forward(x)
-            recon_loss = ((out.x_recon - x) / model.std).square().mean()  # of normalised images
-            loss = recon_loss + out.codebook_loss + args.beta * out.commitment_loss  # arXiv 1711.00937, equation 3
-            share = len(batch) / args.batch_size  # 1, or what of the batch is on this rank
+                x_recon, levels = forward(x)
+            recon_loss = ((x_recon - x) / model.std).square().mean()  # of normalised images
+            codebook_loss = sum(level.codebook_loss for level in levels)
+            commitment_loss = sum(level.commitment_loss for level in levels)
+            loss = recon_loss + codebook_loss + args.beta * commitment_loss  # arXiv 1711.00937, equation 3
+            share = len(x) / args.batch_size  # 1, or what of the batch is on this rank
             optimizer.zero_grad()
             (loss * (share * ranks)).backward()  # DistributedDataParallel then averages over the ranks
-            model.quantizer.reset_revived(optimizer)
+            for quantizer in quantizers:
+                quantizer.reset_revived(optimizer)
             optimizer.step()
 
-            losses = torch.stack([recon_loss, out.codebook_loss, out.commitment_loss]).detach() * share
-            stops = losses.new_tensor([len(signals)])
-            sums = torch.cat([losses, model.quantizer.count(out.indices), stops])
+            of_levels = [loss for level in levels for loss in (level.codebook_loss, level.commitment_loss)]
+            losses = torch.stack([recon_loss, *of_levels]).detach() * share
+            counts = [quantizer.count(level.indices) for quantizer, level in zip(quantizers, levels)]
+            sums = torch.cat([losses, *counts, losses.new_tensor([len(signals)])])
             if ranks > 1:
                 dist.all_reduce(sums)
             stopping = bool(sums[-1]) if ranks > 1 else bool(signals)  # at the same step on every rank
@@ -219,12 +255,12 @@ def main(args: argparse.Namespace):
             if not progress["sums"].isfinite().all():
                 raise FloatingPointError("a loss is NaN or infinite; lower the learning rate")
             if rank == 0 and (saving or step % args.log_every == 0):
-                test_mse = evaluate(model, data.test_images[:CURVE_IMAGES])[0]["test_mse"] if saving else None
+                test_mse = evaluate(model, first_test_images)[0]["test_mse"] if saving else None
                 log(folder, args, progress, test_mse, bar)
             if rank == 0 and saving:
-                save_pictures(folder, model, data, step)
+                save_pictures(folder, model, first_test_images, f"{data.name}, step {step:,}", step)
             if rank == 0 and step == args.steps:
-                finish(folder, args, model, data, progress, bar)
+                finish(folder, args, model, data, first_test_images, progress, bar)
             if rank == 0 and (saving or stopping):
                 save()  # last of all, so that whatever a checkpoint counts as done is on disk
             if stopping and step < args.steps:
@@ -243,7 +279,14 @@ def load_data(args: argparse.Namespace, rank: int) -> Dataset:
     if rank > 0:
         args.dataset = from_rank_0(None)
     try:
-        data = load_dataset("mnist" if args.dataset == "auto" else args.dataset, args.data_dir)
+        data = load_dataset(
+            "mnist" if args.dataset == "auto" else args.dataset,
+            args.data_dir,
+            args.image_size,
+            args.memory_limit,
+            args.skip_bad_images,
+            cache=Path(args.out_dir, IMAGE_CACHE),
+        )
     except Unavailable as error:
         if args.dataset != "auto":
             raise ValueError(f"{error}; copy its files into {args.data_dir}, or name another --dataset") from error
@@ -253,10 +296,11 @@ def load_data(args: argparse.Namespace, rank: int) -> Dataset:
             file=sys.stderr,
             flush=True,
         )
-        data = load_dataset("digits", args.data_dir)
-    args.dataset = data.name
+        data = load_dataset("digits", image_size=args.image_size)
+    if args.dataset == "auto":
+        args.dataset = data.name
     if rank == 0:
-        from_rank_0(data.name)
+        from_rank_0(args.dataset)
     return data
 
 
@@ -266,55 +310,71 @@ def schedule(step: int, steps: int) -> float:
     return warm_up * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
 
 
+def columns(levels: int) -> list[str]:
+    """Name the columns of metrics.csv; with two levels there are, for example, codes_used_top and codes_used_bottom."""
+    names = ("codebook_loss", "commitment_loss", "codes_used", "perplexity")
+    return ["step", "recon_loss", *(name + of for of in LEVELS[levels] for name in names), "test_mse", "dataset"]
+
+
 def log(folder: Path, args: argparse.Namespace, progress: dict, test_mse: float | None, bar: tqdm):
     """Append a line to metrics.csv: means since the line before it; show it in the bar, or print it without one."""
-    losses = (progress["sums"][:3] / (progress["step"] - progress["logged"])).tolist()
-    counts = progress["sums"][3:].cpu()
-    used = int((counts > 0).sum())
+    losses, counts = progress["sums"].split([1 + 2 * args.levels, args.levels * args.codebook_size])
+    recon_loss, *losses = (losses / (progress["step"] - progress["logged"])).tolist()
+    row, shown = [progress["step"], recon_loss], [f"recon {recon_loss:.4f}"]
+    for i, (of, uses) in enumerate(zip(LEVELS[args.levels], counts.cpu().split(args.codebook_size))):
+        used = int((uses > 0).sum())
+        row += [*losses[2 * i : 2 * i + 2], used, perplexity(uses).item()]
+        level = "codebook {:.4f}, commitment {:.4f}, codes used {}/{}".format(*row[-4:-1], args.codebook_size)
+        shown.append(f"{of[1:]} {level}".strip())
     with open(folder / "metrics.csv", "a", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerow(
-            [progress["step"], *losses, used, perplexity(counts).item(), test_mse, args.dataset]
-        )
-    rate = progress["step"] * args.batch_size / progress["seconds"]
-    shown = "recon {:.4f}, codebook {:.4f}, commitment {:.4f}".format(*losses)
-    shown += f", codes used {used}/{args.codebook_size}, {rate:,.0f} images/s"
+        csv.writer(file, lineterminator="\n").writerow([*row, test_mse, args.dataset])
+    shown.append(f"{progress['step'] * args.batch_size / progress['seconds']:,.0f} images/s")
     if test_mse is not None:
-        shown += f", test MSE {test_mse:.5f} ({CURVE_IMAGES:,} images)"
-    bar.set_postfix_str(shown)
+        shown.append(f"test MSE {test_mse:.5f} ({CURVE_IMAGES:,} images)")
+    bar.set_postfix_str(", ".join(shown))
     if bar.disable:
-        print(f"step {progress['step']}/{args.steps}: {shown}", flush=True)
+        print(f"step {progress['step']}/{args.steps}: {', '.join(shown)}", flush=True)
     progress["sums"].zero_()
     progress["logged"] = progress["step"]
 
 
-def save_pictures(folder: Path, model: VQVAE, data: Dataset, step: int):
-    title = f"{data.name}, step {step:,}"
-    x = to_pixels(data.test_images[:RECON_IMAGES], model.mean.device)
+@torch.inference_mode()
+def save_pictures(folder: Path, model: VQVAE, images: Tensor, title: str, step: int):
+    """Draw the first images' reconstructions, with two levels also from each level's codes alone, and the curves."""
+    x = to_pixels(images[: figures.ROWS // 2 * figures.images_per_row(images.shape[-1])], model.mean.device)
     model.eval()
-    with torch.inference_mode():
-        x_recon = model(x).x_recon.clamp(0, 1)
+    indices, size = model.encode(x), x.shape[-2:]
+    rows = {"original": x, "reconstruction": model.decode(indices, size)}
+    if len(indices) > 1:
+        for i, of in enumerate(LEVELS[len(indices)]):
+            rows[f"{of[1:]} alone"] = model.decode([level if i == j else None for j, level in enumerate(indices)], size)
     model.train()
-    figures.save_reconstructions(folder / f"recon_{step:06d}.png", x, x_recon, title)
+    figures.save_reconstructions(folder / f"recon_{step:06d}.png", rows, title)
     figures.save_curves(folder / "curves.png", folder / "metrics.csv", title)
 
 
-def finish(folder: Path, args: argparse.Namespace, model: VQVAE, data: Dataset, progress: dict, bar: tqdm):
-    """Measure the model on all test images, draw its codebook, and write and print the summary."""
+def finish(
+    folder: Path, args: argparse.Namespace, model: VQVAE, data: Dataset, images: Tensor, progress: dict, bar: tqdm
+):
+    """Measure the model on all test images, draw its codebooks, and write and print the summary."""
     began = time.perf_counter()
     measured, counts = evaluate(model, data.test_images)
     with torch.inference_mode():
-        z_e = model.z_e(to_pixels(data.test_images[:CODEBOOK_IMAGES], model.mean.device))
+        z_e = model.z_e(to_pixels(images[:CODEBOOK_IMAGES], model.mean.device))
+    codebooks = [level.quantizer.codebook.detach() for level in model.levels]
     title = f"{data.name}, step {progress['step']:,}"
-    figures.save_codebook(folder / "codebook.png", model.quantizer.codebook.detach(), counts, z_e, title)
+    names = [f"{of[1:]} " * bool(of) for of in LEVELS[args.levels]]
+    figures.save_codebooks(folder / "codebook.png", names, codebooks, counts, z_e, title)
     progress["seconds"] += time.perf_counter() - began
     rate = progress["step"] * args.batch_size / progress["seconds"]
     summary = {"dataset": data.name, "steps": progress["step"], "seconds": progress["seconds"]}
     summary |= {"images_per_second": rate, **measured, "arguments": vars(args)}
     write_whole(folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     bar.close()
+    used = " + ".join(str(measured["codes_used" + of]) for of in LEVELS[args.levels])
     print(
         f"{data.name}: test MSE {measured['test_mse']:.5f}, PSNR {measured['test_psnr']:.2f} dB, "
-        f"{measured['codes_used']} of {args.codebook_size} codes used, {progress['seconds']:.0f} s; "
+        f"{used} of {args.codebook_size} codes used, {progress['seconds']:.0f} s; "
         f"pictures and summary.json are in {folder}"
     )
 

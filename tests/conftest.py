@@ -1,10 +1,13 @@
 import csv
 import shutil
 import signal
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import checkpoint
 import train as script
@@ -62,3 +65,22 @@ def finished_run(tmp_path_factory):
 def trained_run(finished_run, tmp_path):
     """A copy of it, to be changed at will."""
     return Path(shutil.copytree(finished_run, tmp_path / "results"))
+
+
+def save(path, shape=(12, 16), mode="RGB", **options):
+    """Save a random image, always the same for a path; return its pixels."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(zlib.crc32(str(path).encode()))
+    pixels = random.integers(0, 256, shape if mode == "L" else (*shape, len(mode)), np.uint8)
+    Image.fromarray(pixels).save(path, **options)
+    return pixels
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Thirty RGB images of two classes, in train/ and test/."""
+    for split, n in (("train", 10), ("test", 5)):
+        for kind in ("cat", "dog"):
+            for i in range(n):
+                save(tmp_path / "photos" / split / kind / f"{i}.png")
+    return tmp_path / "photos"

@@ -146,7 +146,7 @@ def test_full_disk_ends_the_run_with_one_line_and_keeps_the_last_checkpoint(trai
     run = command("--resume", trained_run, "--steps", 40)
     done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, preexec_fn=small_files)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-    assert "cannot write after step 40" in done.stderr and "File too large" in done.stderr
+    assert "cannot go on after step 40" in done.stderr and "File too large" in done.stderr
     assert f"the checkpoint of step 30 is whole, to go on: python train.py --resume {trained_run}" in done.stderr
     assert (trained_run / "checkpoint.pt").read_bytes() == before
     assert subprocess.run(run, capture_output=True, cwd=ROOT).returncode == 0
@@ -164,7 +164,7 @@ def test_checkpoint_that_the_disk_has_no_room_for_ends_the_run_likewise(tmp_path
     run = command("--resume", tmp_path, "--steps", 10)
     done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, preexec_fn=small_files)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-    assert "cannot write after step 10" in done.stderr and "the checkpoint of step 5 is whole" in done.stderr
+    assert "cannot go on after step 10" in done.stderr and "the checkpoint of step 5 is whole" in done.stderr
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert {path.name for path in tmp_path.iterdir()} == files | {"recon_000010.png"}
 
@@ -200,7 +200,7 @@ def test_folder_that_vanishes_ends_the_run_with_one_line(tmp_path, monkeypatch, 
     with pytest.raises(SystemExit) as ended:
         train(folder, "--steps=40", "--save-every=7")
     printed = capsys.readouterr().err
-    assert ended.value.code == 1 and printed.count("\n") == 1 and "cannot write after step 14" in printed
+    assert ended.value.code == 1 and printed.count("\n") == 1 and "cannot go on after step 14" in printed
     assert checkpoint.load_checkpoint(moved)["progress"]["step"] == 7
 
 
@@ -250,7 +250,7 @@ def test_poisoned_model_is_never_saved(trained_run):
     before = checkpoint.load_checkpoint(trained_run)
     for part in ("model", "moments"):
         poisoned = checkpoint.load_checkpoint(trained_run)
-        bias = poisoned["model"]["encoder.1.bias"]
+        bias = poisoned["model"]["levels.0.encoder.1.bias"]
         (bias if part == "model" else poisoned["optimizer"]["state"][0]["exp_avg_sq"])[0] = torch.inf
         with pytest.raises(FloatingPointError, match="NaN or infinite"):
             checkpoint.save_checkpoint(trained_run, poisoned)

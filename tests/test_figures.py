@@ -7,9 +7,9 @@ import figures
 
 
 def test_each_row_of_originals_stands_directly_above_its_reconstructions(tmp_path):
-    red, blue = torch.zeros(2, 2 * figures.COLUMNS, 3, 28, 28)
+    red, blue = torch.zeros(2, 2 * figures.images_per_row(28), 3, 28, 28)
     red[:, 0] = blue[:, 2] = 1
-    figures.save_reconstructions(tmp_path / "recon.png", red, blue, "title")
+    figures.save_reconstructions(tmp_path / "recon.png", {"original": red, "reconstruction": blue}, "title")
     picture = imread(tmp_path / "recon.png")
     seen = ["red" if r > b else "blue" for r, _, b, _ in picture[:, int(0.6 * picture.shape[1])] if abs(r - b) > 0.9]
     assert [colour for i, colour in enumerate(seen) if seen[i - 1 : i] != [colour]] == ["red", "blue"] * 2
@@ -18,7 +18,7 @@ def test_each_row_of_originals_stands_directly_above_its_reconstructions(tmp_pat
 def test_pictures_show_colour(tmp_path):
     red = torch.zeros(4, 3, 8, 8)
     red[:, 0] = 1
-    figures.save_reconstructions(tmp_path / "recon.png", red, red, "title")
+    figures.save_reconstructions(tmp_path / "recon.png", {"original": red, "reconstruction": red}, "title")
     assert ((imread(tmp_path / "recon.png")[:, :, :3] == [1, 0, 0]).all(-1)).mean() > 0.05
 
 
@@ -39,7 +39,7 @@ def test_codebook_picture_marks_unused_codes_and_takes_any_dimension(tmp_path):
         counts = torch.arange(10) + 1
         counts[:unused] = 0
         z_e = torch.randn(4, dim, 7, 7)
-        figures.save_codebook(tmp_path / "codebook.png", torch.randn(10, dim), counts, z_e, "title")
+        figures.save_codebooks(tmp_path / "codebook.png", [""], [torch.randn(10, dim)], [counts], [z_e], "title")
         r, g, b = imread(tmp_path / "codebook.png")[:, :, :3].transpose(2, 0, 1)
         red.append(int(((r > 0.7) & (g < 0.3) & (b < 0.3)).sum()))
     assert red[0] == red[1] == 0 and red[2] > 20

@@ -7,7 +7,8 @@ from model import VQVAE, Decoder, Encoder
 def make(channels=1, size=(28, 28), **options):
     torch.manual_seed(0)
     model = VQVAE(channels, size, codebook_size=16, code_dim=8, width=16, blocks=1, kmeans_start=False, **options)
-    torch.nn.init.normal_(model.quantizer.codebook)
+    for level in model.levels:
+        torch.nn.init.normal_(level.quantizer.codebook)
     return model
 
 
@@ -15,30 +16,80 @@ def make(channels=1, size=(28, 28), **options):
 @pytest.mark.parametrize("size", [(28, 28), (32, 32), (30, 17), (1, 5)])
 def test_any_channels_and_size_come_back_as_they_went_in(channels, size):
     model, x = make(channels, size).eval(), torch.rand(2, channels, *size)
-    out = model(x)
+    x_recon, (quantized,) = model(x)
     grid = (-(-size[0] // 4), -(-size[1] // 4))
-    assert out.x_recon.shape == x.shape and out.indices.shape == (2, *grid)
-    assert torch.equal(model.encode(x), out.indices)
-    assert torch.equal(model.decode(out.indices), out.x_recon.clamp(0, 1))
+    assert x_recon.shape == x.shape and quantized.indices.shape == (2, *grid)
+    (indices,) = model.encode(x)
+    assert torch.equal(indices, quantized.indices)
+    assert torch.equal(model.decode([indices]), x_recon.clamp(0, 1))
+
+
+@pytest.mark.parametrize("downsample", [2, 4, 8, 16, 32])
+@pytest.mark.parametrize("levels", [1, 2])
+def test_each_level_has_a_code_per_its_stride(downsample, levels):
+    model, x = make(3, (64, 40), downsample=downsample, levels=levels).eval(), torch.rand(2, 3, 64, 40)
+    top = downsample * 2 ** (levels - 1)
+    padded = (-(-64 // top) * top, -(-40 // top) * top)
+    strides = [top, downsample][-levels:]
+    indices = model.encode(x)
+    assert [level.shape for level in indices] == [(2, padded[0] // s, padded[1] // s) for s in strides]
+    x_recon, quantized = model(x)
+    assert all(torch.equal(a, b.indices) for a, b in zip(indices, quantized, strict=True))
+    torch.testing.assert_close(model.decode(indices), x_recon.clamp(0, 1))
+    assert model.decode(indices, padded).shape == (2, 3, *padded)
+
+
+def test_top_codes_reach_the_bottom_codes_and_the_image():
+    """arXiv 1906.00446, section 3.1: the bottom codes are chosen with what the top codes are decoded to at hand."""
+    model, x = make(size=(32, 32), levels=2).eval(), torch.rand(4, 1, 32, 32)
+    top, bottom = model.encode(x)
+    image = model.decode([top, bottom])
+    assert not torch.equal(model.decode([(top + 1) % 16, bottom]), image)
+    assert not torch.equal(model.decode([top, (bottom + 1) % 16]), image)
+    z_e = model.z_e(x)[1]
+    model.levels[0].quantizer.codebook.data.neg_()
+    assert not torch.equal(model.z_e(x)[1], z_e)
+
+
+def test_absent_level_is_decoded_from_its_average_code():
+    model, x = make(size=(30, 20), levels=2).eval(), torch.rand(2, 1, 30, 20)
+    top, bottom = model.encode(x)
+    quantizer = model.levels[0].quantizer
+    quantizer.ema_counts.copy_(torch.arange(16.0))
+    image = model.decode([None, bottom])
+    assert torch.equal(model.decode([None, bottom], (30, 20)), image) and image.shape == x.shape
+    expected = (torch.arange(16.0) / 120) @ quantizer.codebook
+    torch.testing.assert_close(model.levels[0].average_code(2, 4, 3)[1, :, 2, 1], expected)
+    quantizer.ema_counts.zero_()[5] = 1
+    torch.testing.assert_close(model.decode([torch.full_like(top, 5), bottom]), model.decode([None, bottom]))
+    for wrong in ([bottom], [None, None], []):
+        with pytest.raises(ValueError, match="the model has 2"):
+            model.decode(wrong)
+
+
+def test_odd_strides_are_refused():
+    for downsample in (1, 3, 0):
+        with pytest.raises(ValueError, match="must be a power of two"):
+            make(downsample=downsample)
 
 
 def test_decode_crops_to_the_size_asked_for():
     model = make()
-    assert model.decode(torch.zeros(3, 7, 8, dtype=torch.int64), size=(25, 30)).shape == (3, 1, 25, 30)
+    assert model.decode([torch.zeros(3, 7, 8, dtype=torch.int64)], size=(25, 30)).shape == (3, 1, 25, 30)
 
 
 def test_mnist_default_has_49_codes_of_512():
     model = VQVAE(1, (28, 28))
-    assert model.encode(torch.rand(2, 1, 28, 28)).shape == (2, 7, 7)
-    assert model.quantizer.codebook.shape == (512, 64)
+    assert [level.shape for level in model.encode(torch.rand(2, 1, 28, 28))] == [(2, 7, 7)]
+    assert model.levels[0].quantizer.codebook.shape == (512, 64)
 
 
 def test_each_block_has_its_own_weights():
     def size(module):
         return sum(p.numel() for p in module.parameters())
 
-    for part in (Encoder, Decoder):
-        sizes = [size(part(1, 8, 16, blocks)) for blocks in (1, 2, 3)]
+    for part in (lambda blocks: Encoder(1, 16, blocks, 4), lambda blocks: Decoder(8, 1, 16, blocks, 4)):
+        sizes = [size(part(blocks)) for blocks in (1, 2, 3)]
         assert sizes[1] - sizes[0] == sizes[2] - sizes[1] == 16 * 16 * 9 + 16 + 16 * 16 + 16
 
 
@@ -60,10 +111,11 @@ def test_wrong_channels_are_named():
         make()(torch.rand(2, 3, 28, 28))
 
 
-def test_all_parameters_learn():
-    model = make()
+@pytest.mark.parametrize("levels", [1, 2])
+def test_all_parameters_learn(levels):
+    model = make(levels=levels)
     for block in (m for m in model.modules() if type(m).__name__ == "ResidualBlock"):
         torch.nn.init.normal_(block[-1].weight, std=0.1)  # it starts at zero, and what is before it waits a step
-    out = model(torch.rand(4, 1, 28, 28))
-    (out.x_recon.square().mean() + out.codebook_loss + out.commitment_loss).backward()
+    x_recon, quantized = model(torch.rand(4, 1, 28, 28))
+    (x_recon.square().mean() + sum(level.codebook_loss + level.commitment_loss for level in quantized)).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())

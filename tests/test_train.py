@@ -13,7 +13,7 @@ from torchvision import datasets
 import checkpoint
 import evaluate
 import train as script
-from data import batch_indices, channel_stats, load_dataset, to_pixels
+from data import Dataset, batch_indices, load_dataset, to_pixels
 from model import build_model
 
 COLUMNS = "step,recon_loss,codebook_loss,commitment_loss,codes_used,perplexity,test_mse,dataset"
@@ -103,14 +103,9 @@ def test_signal_stops_at_the_end_of_a_step_and_resuming_goes_on_exactly(finished
     assert steps == sorted({*range(5, step + 25, 5), step + 25})
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("way", "cut"), [("--ema", 1), ("--no-ema", 13)])
-def test_resumed_run_ends_bit_for_bit_as_one_that_never_stopped(tmp_path, monkeypatch, way, cut, precision):
-    """Stop between lines and saves, and go on in a new process; 1,000 codes take two batches to start."""
-    flags = [way, f"--precision={precision}", "--codebook-size=1000", "--decay=0.5", "--revive-below=0.9"]
-    flags = [*flags, "--steps", "24", "--save-every", "8"]
-    train(tmp_path / "whole", *flags)
-    args = script.parse_args(["--out-dir", str(tmp_path / "halves"), *SMALL, *flags])
+def stop_before(monkeypatch, folder, cut, *flags):
+    """Train in this process and stop after `cut` steps, as a signal would."""
+    args = script.parse_args(["--out-dir", str(folder), *SMALL, *flags])
     signals = []
     monkeypatch.setattr(script, "catch_signals", lambda: signals)
     original = script.batch_indices
@@ -120,11 +115,26 @@ def test_resumed_run_ends_bit_for_bit_as_one_that_never_stopped(tmp_path, monkey
     with pytest.raises(SystemExit) as stopped:
         script.main(args)
     assert stopped.value.code == 130
+
+
+def resume(folder, *flags):
+    command = [sys.executable, ROOT / "train.py", "--resume", folder, "--device", "cpu", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("way", "cut", "levels"), [("--ema", 1, 1), ("--no-ema", 13, 1), ("--ema", 13, 2)])
+def test_resumed_run_ends_bit_for_bit_as_one_that_never_stopped(tmp_path, monkeypatch, way, cut, levels, precision):
+    """Stop between lines and saves, and go on in a new process; 1,000 codes take two batches to start."""
+    flags = [way, f"--precision={precision}", "--codebook-size=1000", "--decay=0.5", "--revive-below=0.9"]
+    flags = [*flags, f"--levels={levels}", "--steps=24", "--save-every=8"]
+    train(tmp_path / "whole", *flags)
+    stop_before(monkeypatch, tmp_path / "halves", cut, *flags)
     assert checkpoint.load_checkpoint(tmp_path / "halves")["progress"]["step"] == cut
-    command = [sys.executable, ROOT / "train.py", "--resume", tmp_path / "halves", "--device", "cpu"]
-    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+    resume(tmp_path / "halves")
     assert same_run(tmp_path / "halves", tmp_path / "whole")
-    counts = checkpoint.load_checkpoint(tmp_path / "whole")["model"]["quantizer.ema_counts"]
+    counts = checkpoint.load_checkpoint(tmp_path / "whole")["model"]["levels.0.quantizer.ema_counts"]
     assert counts.unique(return_counts=True)[1].max() > 50  # many codes revived together
 
 
@@ -197,7 +207,7 @@ def test_batch_larger_than_the_data_is_refused(capsys, tmp_path):
 
 
 def test_unwritable_folder_is_refused_before_any_data_is_loaded(capsys, trained_run, monkeypatch):
-    monkeypatch.setattr(script, "load_dataset", lambda *_: pytest.fail("data were loaded"))
+    monkeypatch.setattr(script, "load_dataset", lambda *_, **__: pytest.fail("data were loaded"))
     (trained_run / "file").write_text("")
     assert "needs to be a folder" in refusal(capsys, "--out-dir", trained_run / "file")
     assert "needs to be a folder" in refusal(capsys, "--out-dir", trained_run / "file" / "results")
@@ -217,7 +227,7 @@ def test_bad_checkpoint_is_refused_by_every_script(capsys, trained_run, content)
     elif content == "foreign":
         torch.save(torch.nn.Linear(2, 2).state_dict(), path)
     elif content == "incomplete":
-        torch.save({"format": 1}, path)
+        torch.save({"format": checkpoint.FORMAT}, path)
     elif content == "newer":
         torch.save({"format": 99}, path)
     else:
@@ -235,7 +245,7 @@ class Malicious:
 
 
 def test_loading_a_checkpoint_executes_nothing_in_it(capsys, trained_run):
-    torch.save({"format": 1, "args": Malicious()}, trained_run / "checkpoint.pt")
+    torch.save({"format": checkpoint.FORMAT, "args": Malicious()}, trained_run / "checkpoint.pt")
     assert "damaged or not a checkpoint" in refusal(capsys, "--resume", trained_run)
     assert "executed" not in capsys.readouterr().out
 
@@ -262,13 +272,13 @@ def test_the_loop_weighs_the_losses_as_the_paper_does(tmp_path):
     for beta in (0, 1):
         train(tmp_path / str(beta), "--steps=1", f"--beta={beta}", "--precision=float32", "--log-every=1")
     low, high = (checkpoint.load_checkpoint(tmp_path / beta)["model"] for beta in ("0", "1"))
-    assert torch.equal(low["quantizer.codebook"], high["quantizer.codebook"])
-    assert not torch.equal(low["encoder.1.weight"], high["encoder.1.weight"])
+    assert torch.equal(low["levels.0.quantizer.codebook"], high["levels.0.quantizer.codebook"])
+    assert not torch.equal(low["levels.0.encoder.1.weight"], high["levels.0.encoder.1.weight"])
 
     torch.manual_seed(0)
     data = load_dataset("digits", "")
-    mean, std = channel_stats(data.train_images)
-    args = script.parse_args(SMALL)
+    mean, std = data.mean, data.std
+    args = script.parse_args([*SMALL, "--downsample=4"])
     model = build_model(vars(args), (1, 28, 28), mean=mean, std=std)
     x = to_pixels(data.train_images[batch_indices(1500, 16, 0, 0)], torch.device("cpu"))
     x_recon = model(x).x_recon
@@ -279,7 +289,7 @@ def test_the_loop_weighs_the_losses_as_the_paper_does(tmp_path):
 def test_reconstructions_are_of_the_same_test_images_each_time(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        script.figures, "save_reconstructions", lambda path, x, x_recon, title: drawn.append((x, title))
+        script.figures, "save_reconstructions", lambda path, rows, title: drawn.append((rows["original"], title))
     )
     train(tmp_path, "--steps=4", "--save-every=2")
     expected = load_dataset("digits", "").test_images[:48] / 255
@@ -289,8 +299,106 @@ def test_reconstructions_are_of_the_same_test_images_each_time(tmp_path, monkeyp
 
 def test_colour_images_run_from_end_to_end(tmp_path, monkeypatch):
     grey = load_dataset("digits", "")
-    colour = [t.repeat(1, 3, 1, 1) if t.ndim == 4 else t for t in grey[1:]]
-    monkeypatch.setattr(script, "load_dataset", lambda *_: grey.__class__("digits", *colour))
+    colour = [t.repeat(1, 3, 1, 1) if t.ndim == 4 else t for t in grey[1:5]]
+    monkeypatch.setattr(
+        script, "load_dataset", lambda *_, **__: Dataset("digits", *colour, torch.ones(3) / 2, torch.ones(3))
+    )
     train(tmp_path, "--steps=5")
     assert checkpoint.load_checkpoint(tmp_path)["image_shape"] == (3, 28, 28)
     assert imread(tmp_path / "recon_000005.png").std() > 0.05
+
+
+# Folders of images, two levels
+
+
+def test_run_on_images_from_disk_stopped_and_resumed_is_that_on_images_in_memory(folder, tmp_path, monkeypatch):
+    flags = [f"--dataset={folder}", "--levels=2", "--steps=12", "--save-every=4"]
+    train(tmp_path / "memory", *flags)
+    # Read ahead, the order of a batch is asked for long before its step.
+    monkeypatch.setattr(script, "catch_signals", lambda: StopAt(tmp_path / "disk", 5))
+    with pytest.raises(SystemExit) as stopped:
+        train(tmp_path / "disk", *flags, "--memory-limit=0")
+    assert stopped.value.code == 130
+    resume(tmp_path / "disk")
+    assert checkpoint.load_checkpoint(tmp_path / "disk")["args"]["memory_limit"] == 0
+    assert same_run(tmp_path / "disk", tmp_path / "memory")
+
+
+class StopAt(list):
+    """Signals that come when metrics.csv has the line of a step."""
+
+    def __init__(self, folder, step):
+        self.folder, self.step = folder, step
+
+    def __bool__(self):
+        if any(row["step"] == str(self.step) for row in rows(self.folder)):
+            self[:] = [signal.SIGINT]
+        return len(self) > 0
+
+
+def test_two_levels_have_their_own_columns_figures_and_pictures(folder, tmp_path):
+    train(tmp_path, f"--dataset={folder}", "--levels=2", "--steps=10", "--save-every=10")
+    (_, last) = rows(tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    for level in ("top", "bottom"):
+        for name in ("codebook_loss", "commitment_loss", "codes_used", "perplexity"):
+            assert float(last[f"{name}_{level}"]) > 0
+        assert 0 < summary[f"codes_used_{level}"] <= 32 and summary[f"perplexity_{level}"] >= 1
+    assert summary["dataset"] == "photos" and summary["arguments"]["downsample"] == 4
+    one = tmp_path / "one"
+    train(one, f"--dataset={folder}", "--steps=10", "--save-every=10")
+    assert imread(tmp_path / "codebook.png").shape[0] == 2 * imread(one / "codebook.png").shape[0]
+    evaluate.main(evaluate.parse_args(["--run", str(tmp_path)]))
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    assert evaluation["test_mse"] == pytest.approx(summary["test_mse"])
+    assert evaluation["codes_used_top"] == summary["codes_used_top"]
+
+
+def test_levels_alone_are_drawn_below_the_reconstructions(folder, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(script.figures, "save_reconstructions", lambda path, rows, title: drawn.append(rows))
+    train(tmp_path, f"--dataset={folder}", "--levels=2", "--steps=2", "--save-every=2")
+    assert list(drawn[0]) == ["original", "reconstruction", "top alone", "bottom alone"]
+    assert all(images.shape == (10, 3, 12, 16) for images in drawn[0].values())
+    model = checkpoint.load_model(checkpoint.load_checkpoint(tmp_path))
+    with torch.no_grad():
+        torch.testing.assert_close(drawn[0]["reconstruction"], model(drawn[0]["original"]).x_recon.clamp(0, 1))
+
+
+@pytest.mark.parametrize(("size", "levels", "stride"), [(28, 1, 4), (32, 1, 4), (64, 1, 4), (96, 1, 8), (96, 2, 4)])
+def test_depth_follows_the_size_of_the_images(tmp_path, size, levels, stride):
+    train(tmp_path, f"--image-size={size}", f"--levels={levels}", "--steps=1", "--batch-size=2")
+    saved = checkpoint.load_checkpoint(tmp_path)
+    assert saved["args"]["downsample"] == stride
+    x = torch.rand(1, 1, size, size)
+    assert checkpoint.load_model(saved).encode(x)[-1].shape == (1, size // stride, size // stride)
+
+
+def test_resuming_on_other_images_is_refused(capsys, folder, tmp_path):
+    train(tmp_path / "run", f"--dataset={folder}", "--steps=2")
+    (folder / "train" / "cat" / "0.png").unlink()
+    printed = refusal(capsys, "--resume", tmp_path / "run", "--steps", 4)
+    assert "photos are not those that the run" in printed
+
+
+def test_bad_images_stop_the_run_before_anything_is_moved(capsys, folder, trained_run):
+    (folder / "train" / "cat" / "0.png").write_bytes(b"")
+    before = {path.name for path in trained_run.iterdir()}
+    assert "train/cat/0.png" in refusal(capsys, "--dataset", folder, "--out-dir", trained_run)
+    assert {path.name for path in trained_run.iterdir()} <= before | {"images.pt"}
+
+
+def test_run_whose_images_vanish_ends_with_one_line_and_a_checkpoint(folder, tmp_path):
+    code = """if True:
+        import shutil, sys, train
+        original = train.log
+        def log(*args):
+            original(*args)
+            shutil.rmtree(sys.argv[1])
+        train.log = log
+        train.main(train.parse_args(sys.argv[2:]))"""
+    flags = [f"--dataset={folder}", f"--out-dir={tmp_path}", "--memory-limit=0", "--steps=99", "--save-every=5"]
+    command = [sys.executable, "-c", code, folder, *SMALL, *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "cannot be decoded" in done.stderr and "the checkpoint of step 5 is whole" in done.stderr

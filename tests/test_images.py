@@ -1,0 +1,184 @@
+"""Folders of images: what is found in them, how they are decoded, and that it is the same from memory and from disk."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import save
+from PIL import Image
+from torchvision.transforms.functional import resize
+
+import images
+from data import batch_indices, batches, channel_stats, load_dataset
+from images import ImageFiles, count_pixels
+
+
+def load(folder, **options):
+    return load_dataset(str(folder), **options)
+
+
+def test_train_and_test_folders_are_the_splits_and_their_folders_the_classes(folder):
+    data = load(folder)
+    assert data.train_images.shape == (20, 3, 12, 16) and data.test_images.shape == (10, 3, 12, 16)
+    for split, found, labels in (
+        ("train", data.train_images, data.train_labels),
+        ("test", data.test_images, data.test_labels),
+    ):
+        on_disk = {}
+        for path in (folder / split).rglob("*.png"):
+            on_disk[np.asarray(Image.open(path)).tobytes()] = ("cat", "dog").index(path.parent.name)
+        assert sorted(on_disk) == sorted(image.movedim(0, -1).numpy().tobytes() for image in found)
+        assert [on_disk[image.movedim(0, -1).numpy().tobytes()] for image in found] == labels.tolist()
+    assert len(data.test_labels[:5].unique()) == 2  # shuffled
+    torch.testing.assert_close((data.mean, data.std), channel_stats(count_pixels(data.train_images)))
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_without_a_test_folder_a_tenth_is_held_out_always_the_same(tmp_path, flat):
+    for i in range(50):
+        save(tmp_path / ("" if flat else f"class{i % 3}") / f"{i:02}.jpg", quality=95)
+    first, again = load(tmp_path), load(tmp_path)
+    assert len(first.train_images) == 45 and len(first.test_images) == 5
+    assert torch.equal(first.test_images, again.test_images)
+    assert (first.train_labels is None) == flat
+    both = torch.cat([first.train_images, first.test_images]).flatten(1)
+    assert len(both.unique(dim=0)) == 50
+    shutil.move(tmp_path, tmp_path.with_name("moved"))
+    (tmp_path / "train").parent.mkdir()
+    shutil.move(tmp_path.with_name("moved"), tmp_path / "train")
+    assert torch.equal(load(tmp_path).test_images, first.test_images)  # train/ alone is split alike
+
+
+def test_formats_grey_and_alpha(tmp_path):
+    for name, mode in (("a.PNG", "L"), ("b.jpg", "L"), ("c.jpeg", "L")):
+        save(tmp_path / "grey" / name, mode=mode)
+    deep = np.arange(192, dtype=np.uint16).reshape(12, 16) * 257
+    Image.fromarray(deep).save(tmp_path / "grey" / "deep.png")
+    data = load(tmp_path / "grey")
+    both = torch.cat([data.train_images, data.test_images])
+    assert both.shape == (4, 1, 12, 16)
+    assert any(np.array_equal(image[0], deep // 257) for image in both.numpy())
+    save(tmp_path / "grey" / "colour.webp")
+    pixels = save(tmp_path / "grey" / "colour.png", mode="RGBA")
+    data = load(tmp_path / "grey")
+    both = torch.cat([data.train_images, data.test_images])
+    assert both.shape == (6, 3, 12, 16)
+    assert any(np.array_equal(image, pixels[..., :3].transpose(2, 0, 1)) for image in both.numpy())
+
+
+def test_photos_are_turned_as_their_camera_was_held(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # 90 degrees
+    upright = [save(tmp_path / f"{i}.png", shape=(16, 12)) for i in range(2)]
+    pixels = save(tmp_path / "turned.png", shape=(12, 16), exif=exif)
+    data = load(tmp_path)
+    both = torch.cat([data.train_images, data.test_images]).numpy()
+    for expected in (*upright, np.rot90(pixels, -1)):
+        assert any(np.array_equal(image, expected.transpose(2, 0, 1)) for image in both)
+
+
+def test_sizes_that_differ_are_listed_unless_a_size_is_given(tmp_path):
+    for i, shape in enumerate([(12, 16)] * 3 + [(20, 10)] * 2):
+        save(tmp_path / f"{i}.png", shape=shape)
+    with pytest.raises(ValueError, match=r"differ in size: 16x12 \(3 images\), 10x20 \(2 images\); .* --image-size"):
+        load(tmp_path)
+    data = load(tmp_path, image_size=8)
+    assert data.train_images.shape == (4, 3, 8, 8)
+    small = resize(Image.open(tmp_path / "3.png"), 8)  # 8 wide, 16 high
+    expected = np.asarray(small)[4:12].transpose(2, 0, 1)
+    assert any(np.array_equal(image, expected) for image in torch.cat([data.train_images, data.test_images]).numpy())
+
+
+def test_named_data_sets_take_an_image_size_too():
+    assert load_dataset("digits", image_size=16).test_images.shape == (297, 1, 16, 16)
+
+
+def test_images_on_disk_give_the_batches_of_images_in_memory(folder):
+    memory, disk = load(folder), load(folder, memory_limit=0)
+    assert isinstance(disk.train_images, ImageFiles) and disk.train_images.shape == memory.train_images.shape
+    assert torch.equal(memory.mean, disk.mean) and torch.equal(memory.std, disk.std)
+    assert torch.equal(memory.train_labels, disk.train_labels)
+    before = torch.get_rng_state()
+    for of_memory, of_disk in ((memory.train_images, disk.train_images), (memory.test_images, disk.test_images)):
+        order = [batch_indices(len(of_memory), 6, 3, step) for step in range(9)]
+        pairs = zip(*(batches(source, order, torch.device("cpu")) for source in (of_memory, of_disk)), strict=True)
+        assert sum(torch.equal(a, b) for a, b in pairs) == 9
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_limit_decides_between_memory_and_disk(folder, monkeypatch):
+    size = 30 * 3 * 12 * 16
+    assert isinstance(load(folder, memory_limit=size / 1e9).train_images, torch.Tensor)
+    assert isinstance(load(folder, memory_limit=(size - 1) / 1e9).train_images, ImageFiles)
+    monkeypatch.setattr(images, "free_memory", lambda: 2 * size - 2)
+    assert isinstance(load(folder).train_images, ImageFiles)
+
+
+def test_decoded_images_are_kept_until_the_folder_changes(folder, tmp_path, monkeypatch):
+    cache, decoded = tmp_path / "images.pt", []
+    original = images.decode
+    monkeypatch.setattr(images, "decode", lambda path, *a: (decoded.append(path), original(path, *a))[1])
+
+    def times_decoded(**options):
+        decoded.clear()
+        data = load(folder, cache=cache, **options)
+        fresh = load(folder, **options)
+        assert torch.equal(data.test_images[:], fresh.test_images[:]) and torch.equal(data.mean, fresh.mean)
+        return len(decoded) - 30
+
+    assert times_decoded() == 30
+    assert times_decoded() == 0
+    assert times_decoded(image_size=8) == 30
+    assert times_decoded(image_size=8) == 0
+    save(folder / "test" / "cat" / "0.png", mode="L")  # and so it changes its size on disk
+    assert times_decoded() == 30
+    cache.write_bytes(cache.read_bytes()[:-100])
+    assert times_decoded() == 30
+    cache.write_bytes(b"")
+    assert times_decoded() == 30
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_cache_that_cannot_be_written_does_not_stop_the_run(folder, tmp_path, capsys):
+    assert len(load(folder, cache=tmp_path / "nowhere" / "images.pt").train_images) == 20
+    assert "cannot keep the decoded images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("memory_limit", [None, 0])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
+def test_bad_images_are_named_and_left_out_only_when_asked(folder, tmp_path, capsys, damage, memory_limit):
+    bad = folder / "train" / "dog" / "7.png"
+    content = bad.read_bytes()
+    bad.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "text": b"not an image" * 50}[damage])
+    for _ in range(2):  # the second time from the cache
+        with pytest.raises(ValueError, match=r"1 of the 30 images .* cannot be decoded: train/dog/7.png .*--skip-bad"):
+            load(folder, memory_limit=memory_limit, cache=tmp_path / "images.pt")
+        data = load(folder, memory_limit=memory_limit, skip_bad_images=True, cache=tmp_path / "images.pt")
+        assert "left out 1 images that cannot be decoded: train/dog/7.png" in capsys.readouterr().err
+        assert len(data.train_images) == len(data.train_labels) == 19 and data.train_labels.sum() == 9
+
+
+def test_image_that_goes_bad_while_training_is_named_in_one_line(folder):
+    data = load(folder, memory_limit=0)
+    path = data.train_images.paths[11]
+    path.write_bytes(b"")
+    with pytest.raises(OSError, match=r"cat|dog") as error:
+        list(batches(data.train_images, torch.arange(20).split(5), torch.device("cpu")))
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_folder_without_images_is_named(tmp_path, folder):
+    with pytest.raises(ValueError, match="neither a folder nor one of mnist"):
+        load(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / ".hidden.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="empty holds no images"):
+        load(tmp_path / "empty")
+    shutil.rmtree(folder / "test" / "cat")
+    shutil.rmtree(folder / "test" / "dog")
+    with pytest.raises(ValueError, match="test holds no images"):
+        load(folder)
+    save(tmp_path / "one" / "a.png")
+    with pytest.raises(ValueError, match="1 good images, 0 of them to train on"):
+        load(tmp_path / "one")
