@@ -1,6 +1,8 @@
 """A run's folder: what it holds, how an earlier run makes way, and checkpoints that are never half written."""
 
 import contextlib
+import csv
+import hashlib
 import io
 import os
 import shlex
@@ -14,12 +16,20 @@ from torch import Tensor
 
 from model import VQVAE, build_model
 from process import fail
+from quantizer import processes
 
-FORMAT = 2
-CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint_previous.pt"
+FORMAT = 3
+CHECKPOINT, PRIOR = "checkpoint", "prior"
+SCRIPTS = {CHECKPOINT: "train.py", PRIOR: "train_prior.py"}  # what writes them
 IMAGE_CACHE = "images.pt"  # decoded images of a folder; not of one run, so that a new run finds it too
-CONTENTS = ("args", "image_shape", "model", "optimizer", "progress", "random")
-RUN_FILES = (CHECKPOINT, PREVIOUS, "metrics.csv", "*.json", "curves.png", "codebook.png", "recon_*.png")
+CONTENTS = {
+    CHECKPOINT: {"format", "args", "data", "image_shape", "model", "optimizer", "progress", "random"},
+    PRIOR: {"format", "args", "shape", "model", "best", "vqvae", "optimizer", "progress", "random"},
+}
+PRIOR_FILES = ("prior*.pt", "prior_metrics.csv", "prior_curves.png", "prior_summary.json", "samples*.png")
+PRIOR_FILES += ("completed.png", "neighbours.png")
+RUN_FILES = ("checkpoint*.pt", "metrics.csv", "*.json", "curves.png", "codebook.png", "recon_*.png", "codes.pt")
+RUN_FILES += PRIOR_FILES
 
 
 def writable_folder(path: str | Path) -> Path:
@@ -38,14 +48,14 @@ def writable_folder(path: str | Path) -> Path:
     return folder
 
 
-def prepare_folder(out_dir: str | Path) -> Path:
+def prepare_folder(out_dir: str | Path, patterns: tuple[str, ...] = RUN_FILES) -> Path:
     """Make the folder of a new run, moving what an earlier run left there into a dated folder inside it.
 
     Raises:
         OSError: the folder cannot be made or written to.
     """
     folder = writable_folder(out_dir)
-    earlier = [path for pattern in RUN_FILES for path in folder.glob(pattern)]
+    earlier = list({path for pattern in patterns for path in folder.glob(pattern)})
     if earlier:
         # The newest goes last: killed halfway, the next start finds the same name, and goes on.
         earlier.sort(key=lambda path: path.stat().st_mtime)
@@ -77,12 +87,23 @@ def write_whole(path: Path, content: bytes):
 def trim_metrics(path: Path, columns: tuple[str, ...], step: int):
     """Keep the whole lines of metrics.csv up to a step: what came after a checkpoint will be done again."""
     lines = path.read_text().splitlines() if path.is_file() else []
-    rows = [line for line in lines[1:] if line.count(",") == len(columns) - 1 and int(line.split(",")[0]) <= step]
-    write_whole(path, "\n".join([",".join(columns), *rows, ""]).encode())
+    kept = [
+        line for line, row in zip(lines[1:], csv.reader(lines[1:])) if len(row) == len(columns) and int(row[0]) <= step
+    ]
+    write_whole(path, "\n".join([",".join(columns), *kept, ""]).encode())
 
 
-def save_checkpoint(folder: Path, state: dict):
-    """Write `state` to the run's checkpoint, and keep the one before it.
+def file_of(folder: str | Path, name: str = CHECKPOINT, previous: bool = False) -> Path:
+    return Path(folder, f"{name}_previous.pt" if previous else f"{name}.pt")
+
+
+def digest_of(folder: str | Path) -> str:
+    """Return a digest of a run's VQ-VAE, which ties its codes and its prior to it."""
+    return hashlib.sha256(file_of(folder).read_bytes()).hexdigest()
+
+
+def save_checkpoint(folder: Path, state: dict, name: str = CHECKPOINT):
+    """Write `state` to a run's checkpoint, and keep the one before it.
 
     Raises:
         OSError: it cannot be written; the last checkpoint is still there.
@@ -92,15 +113,16 @@ def save_checkpoint(folder: Path, state: dict):
         raise FloatingPointError("the weights or the optimiser's moments are NaN or infinite; lower the learning rate")
     content = io.BytesIO()  # written in one go, so that a full disk is an OSError
     torch.save({"format": FORMAT, **state}, content)
-    if (folder / CHECKPOINT).exists():
-        copy = folder / (PREVIOUS + ".tmp")
+    path, previous = file_of(folder, name), file_of(folder, name, previous=True)
+    if path.exists():
+        copy = previous.with_name(previous.name + ".tmp")
         copy.unlink(missing_ok=True)
         try:
-            os.link(folder / CHECKPOINT, copy)
+            os.link(path, copy)
         except OSError:  # a file system without hard links
-            shutil.copyfile(folder / CHECKPOINT, copy)
-        os.replace(copy, folder / PREVIOUS)
-    write_whole(folder / CHECKPOINT, content.getbuffer())
+            shutil.copyfile(path, copy)
+        os.replace(copy, previous)
+    write_whole(path, content.getbuffer())
 
 
 def finite(value) -> bool:
@@ -110,18 +132,18 @@ def finite(value) -> bool:
     return not torch.is_tensor(value) or bool(value.isfinite().all())
 
 
-def load_checkpoint(folder: str | Path) -> dict:
+def load_checkpoint(folder: str | Path, name: str = CHECKPOINT) -> dict:
     """Read a run's checkpoint onto the CPU; code in the file is never executed.
 
     Raises:
-        ValueError: there is no checkpoint, it is damaged or foreign, or it is from a newer version.
+        ValueError: there is no checkpoint, it is damaged or foreign, or it is from another version.
     """
-    path, previous = Path(folder, CHECKPOINT), Path(folder, PREVIOUS)
+    path, previous = file_of(folder, name), file_of(folder, name, previous=True)
     try:
-        return read_checkpoint(path)
+        return read_checkpoint(path, name)
     except Damaged as error:
         try:
-            step = read_checkpoint(previous)["progress"]["step"]
+            step = read_checkpoint(previous, name)["progress"]["step"]
         except ValueError:
             raise error from None
         copy = shlex.join(["cp", str(previous), str(path)])
@@ -132,17 +154,15 @@ class Damaged(ValueError):
     """A file that should hold a checkpoint is missing or holds something else."""
 
 
-def read_checkpoint(path: Path) -> dict:
+def read_checkpoint(path: Path, name: str) -> dict:
     if not os.path.isfile(path):
-        raise Damaged(f"{path.parent} holds no {path.name}; name the folder of a run that saved one")
+        raise Damaged(f"{path.parent} holds no {path.name}; name the folder of a run of {SCRIPTS[name]}")
     state = read_file(path)
     if isinstance(state, dict) and isinstance(state.get("format"), int) and state["format"] != FORMAT:
-        remedy = (
-            "update the project" if state["format"] > FORMAT else "train again, or go back to the version before it"
-        )
+        remedy = "update the project" if state["format"] > FORMAT else "train again, or use the version before it"
         raise ValueError(f"{path} has format {state['format']}, this version reads {FORMAT}; {remedy}")
-    if not isinstance(state, dict) or not state.keys() >= {"format", *CONTENTS}:
-        raise Damaged(f"{path} is not a checkpoint of this project; name the folder of a run")
+    if not isinstance(state, dict) or not state.keys() >= CONTENTS[name]:
+        raise Damaged(f"{path} is not a {name} of this project; name the folder of a run")
     return state
 
 
@@ -186,7 +206,7 @@ def set_random_state(state: dict[str, Tensor], device: torch.device):
 
 
 @contextlib.contextmanager
-def run_errors(folder: Path, progress: dict):
+def run_errors(folder: Path, progress: dict, name: str = CHECKPOINT):
     """End a run that diverged or lost its disk with one line that names its last checkpoint, and exit code 1."""
     try:
         yield
@@ -194,6 +214,10 @@ def run_errors(folder: Path, progress: dict):
         kind = "diverged" if isinstance(error, FloatingPointError) else "cannot go on"
         message = f"{kind} after step {progress['step']}: {error}"
         with contextlib.suppress(ValueError, OSError):
-            saved = load_checkpoint(folder)["progress"]["step"]
-            message += f"; the checkpoint of step {saved} is whole, to go on: python train.py --resume {folder}"
+            saved = load_checkpoint(folder, name)["progress"]["step"]
+            message += f"; the checkpoint of step {saved} is whole, to go on: {resume_command(folder, name)}"
         fail(message, code=1)
+
+
+def resume_command(folder: Path, name: str) -> str:
+    return f"{'python' if processes() == 1 else 'torchrun ...'} {SCRIPTS[name]} --resume {folder}"

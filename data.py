@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,6 +45,7 @@ class Dataset(NamedTuple):
     test_labels: Tensor | None
     mean: Tensor  # (C,) of the training images' pixels in [0, 1]
     std: Tensor
+    digest: str  # the same for the same images
 
 
 class Unavailable(ValueError):
@@ -75,12 +76,38 @@ def load_dataset(
     if name not in NAMES:
         if not Path(name).is_dir():
             raise ValueError(f"--dataset {name} is neither a folder nor one of {', '.join(NAMES)}")
-        *splits, counts = load_folder(Path(name), image_size, memory_limit, skip_bad_images, cache)
-        return Dataset(Path(name).resolve().name, *splits, *channel_stats(counts))
+        *splits, counts, digest = load_folder(Path(name), image_size, memory_limit, skip_bad_images, cache)
+        return Dataset(Path(name).resolve().name, *splits, *channel_stats(counts), digest)
     train, test = digits() if name == "digits" else torchvision_splits(name, data_dir)
     if image_size is not None:
-        train, test = ((fit(images, image_size), labels) for images, labels in (train, test))
-    return Dataset(name, *train, *test, *channel_stats(count_pixels(train[0])))
+        train, test = (  # in parts, each of which takes several times its memory while it is scaled
+            (torch.cat([fit(part, image_size) for part in images.split(1000)]), labels)
+            for images, labels in (train, test)
+        )
+    return Dataset(name, *train, *test, *channel_stats(count_pixels(train[0])), digest=name)
+
+
+def dataset_of(checkpoint: dict, data_dir: str | None = None, cache: Path | None = None) -> Dataset:
+    """Load the data set that a run was trained on, from `data_dir` if it is elsewhere now.
+
+    Raises:
+        ValueError: it cannot be loaded, or it has changed.
+    """
+    args = checkpoint["args"]
+    options = {name: args[name] for name in ("image_size", "memory_limit", "skip_bad_images")}
+    name = args["dataset"] if args["dataset"] in NAMES or data_dir is None else data_dir
+    data = load_dataset(name, data_dir or args["data_dir"], **options, cache=cache)
+    check_same(data, checkpoint)
+    return data
+
+
+def check_same(data: Dataset, checkpoint: dict):
+    """Raise ValueError unless these are the images that a run was trained on."""
+    if data.digest != checkpoint["data"]:
+        trained_on = checkpoint["args"]["dataset"]
+        raise ValueError(
+            f"the images of {data.name} are not those that the run was trained on, {trained_on}, as it was"
+        )
 
 
 def torchvision_splits(name: str, data_dir: str | Path) -> list[tuple[Tensor, Tensor]]:
@@ -199,7 +226,7 @@ def batch_indices(n: int, batch_size: int, seed: int, step: int) -> Tensor:
     return torch.cat(parts)
 
 
-def batches(images: Images, order: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+def batches(images: Images, order: Iterable[Tensor], device: torch.device) -> Generator[Tensor, None, None]:
     """Yield, for each of `order`'s indices (B,), these images (B, C, H, W) uint8 on a device.
 
     Those on disk are decoded ahead of time by worker processes.
@@ -220,10 +247,12 @@ def batches(images: Images, order: Iterable[Tensor], device: torch.device) -> It
         try:
             for batch in workers:
                 yield batch.to(device, non_blocking=True)
-        except ValueError as error:  # with the traceback of the worker
+        except (ValueError, RuntimeError) as error:  # with the traceback of the worker, or of its death
             raise OSError(str(error).splitlines()[-1].removeprefix("ValueError: ")) from error
         finally:
-            workers._shutdown_workers()  # an error's traceback would keep them, and they ignore SIGTERM
+            workers._shutdown_workers()  # an error's traceback would keep them
+            for worker in workers._workers:
+                worker.kill()  # had it not the time to end, its SIGTERM was ignored
     else:
         if device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
             images = images.to(device)

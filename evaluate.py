@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoint import IMAGE_CACHE, load_checkpoint, load_model, writable_folder, write_whole
-from data import batches, load_dataset, to_pixels
+from data import batches, dataset_of, to_pixels
 from images import Images
 from model import LEVELS, VQVAE
 from process import pick_device, user_errors
@@ -78,17 +78,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace):
     with user_errors():
         checkpoint = load_checkpoint(args.run)
-        trained_with = checkpoint["args"]
         folder = writable_folder(args.run)
-        data = load_dataset(
-            trained_with["dataset"],
-            args.data_dir or trained_with["data_dir"],
-            *(trained_with[name] for name in ("image_size", "memory_limit", "skip_bad_images")),
-            cache=folder / IMAGE_CACHE,
-        )
-    measured, _ = evaluate(load_model(checkpoint, pick_device()[0]), data.test_images)
-    text = json.dumps({"dataset": data.name, "step": checkpoint["progress"]["step"], **measured}, indent=2)
-    write_whole(folder / "evaluation.json", (text + "\n").encode())
+        data = dataset_of(checkpoint, args.data_dir, folder / IMAGE_CACHE)
+        measured, _ = evaluate(load_model(checkpoint, pick_device()[0]), data.test_images)
+        text = json.dumps({"dataset": data.name, "step": checkpoint["progress"]["step"], **measured}, indent=2)
+        write_whole(folder / "evaluation.json", (text + "\n").encode())
     print(text)
 
 

@@ -5,9 +5,11 @@ Figures are drawn without a display, through matplotlib's Figure rather than pyp
 
 import csv
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
@@ -16,6 +18,7 @@ from torchvision.utils import make_grid
 
 WIDTH = 10  # inches that a row of images takes, at 100 dots each
 ROWS = 8  # of originals, and of what was made of them
+SAMPLES = 20  # rows and columns that a picture of samples has at most
 
 
 def images_per_row(width: int) -> int:
@@ -41,7 +44,7 @@ def save_reconstructions(path: Path, rows: dict[str, Tensor], title: str):
         ax.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
         ax.set_ylabel(name, rotation=0, ha="right", va="center")
         ax.set(xticks=[], yticks=[])
-    figure.suptitle(title, y=1 - 0.05 / figure.get_figheight(), va="top")
+    figure.suptitle(title, y=1 - 0.05 / figure.get_figheight(), va="top", parse_math=False)
     figure.savefig(path)
 
 
@@ -50,28 +53,32 @@ def save_curves(path: Path, metrics: Path, title: str):
     with open(metrics, newline="") as file:
         rows = list(csv.DictReader(file))
 
-    def plot(ax, kind, **style):  # every column of a kind, at the steps at which it has a value
-        for name in (name for name in rows[0] if name.startswith(kind)):
-            points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
-            ax.plot(*zip(*points), **{"label": name.replace("_", " "), **style})
-
     figure = Figure(figsize=(13, 3.8), dpi=110, layout="constrained")
     losses, test, codes = figure.subplots(1, 3)
-    plot(losses, "recon_loss")
-    plot(losses, "codebook_loss")
-    plot(losses, "commitment_loss", linestyle="--")  # it lies on the codebook loss
+    plot_columns(losses, rows, "recon_loss")
+    plot_columns(losses, rows, "codebook_loss")
+    plot_columns(losses, rows, "commitment_loss", linestyle="--")  # it lies on the codebook loss
     losses.set(title="training losses (unweighted)", yscale="log")
-    plot(test, "test_mse", marker="o", color="tab:red", label="test MSE of the first 1,000, pixels in [0, 1]")
+    plot_columns(
+        test, rows, "test_mse", marker="o", color="tab:red", label="test MSE of the first 1,000, pixels in [0, 1]"
+    )
     test.set(title="reconstruction of held-out images", yscale="log")
-    plot(codes, "codes_used")
-    plot(codes, "perplexity")
+    plot_columns(codes, rows, "codes_used")
+    plot_columns(codes, rows, "perplexity")
     codes.set(title="codebook, per logged interval", ylim=(0, None))
     for ax in (losses, test, codes):
         ax.set_xlabel("step")
         ax.grid(alpha=0.3, which="both")
         ax.legend()
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     figure.savefig(path)
+
+
+def plot_columns(ax: Axes, rows: list[dict], kind: str, **style):
+    """Plot every column whose name starts with `kind`, at the steps at which it has a value."""
+    for name in (name for name in rows[0] if name.startswith(kind)):
+        points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
+        ax.plot(*zip(*points), **{"label": name.replace("_", " "), **style})
 
 
 def save_codebooks(path: Path, names: list[str], codebooks: list, counts: list, z_e: list, title: str):
@@ -83,7 +90,7 @@ def save_codebooks(path: Path, names: list[str], codebooks: list, counts: list, 
     axes = figure.subplots(len(names), 2, width_ratios=(3, 2), squeeze=False)
     for (plane, histogram), name, *level in zip(axes, names, codebooks, counts, z_e):
         draw_codebook(plane, histogram, name, *level)
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     figure.savefig(path)
 
 
@@ -93,6 +100,8 @@ def draw_codebook(plane: Axes, histogram: Axes, name: str, codebook: Tensor, cou
     used = counts > 0
     if z_e.shape[1] == 1:  # one dimension has no plane
         z_e, codebook = (np.pad(v, ((0, 0), (0, 1))) for v in (z_e, codebook))
+    if len(z_e) == 1:  # nor has one vector
+        z_e = np.concatenate([z_e, codebook])
     pca = PCA(2, random_state=0).fit(z_e)
     plane.scatter(*pca.transform(z_e).T, s=3, color="0.75", label="encoder outputs", rasterized=True)
     points = pca.transform(codebook)
@@ -109,3 +118,34 @@ def draw_codebook(plane: Axes, histogram: Axes, name: str, codebook: Tensor, cou
     histogram.set(title=f"{used.sum()} of {len(counts)} {name}codes used", xlabel="codes, most used first")
     histogram.set(ylabel="share of all positions", yscale="log" if used.any() else "linear")
     histogram.legend()
+
+
+def save_prior_curves(path: Path, metrics: Path, best_step: int):
+    """Draw the training graph of a prior from prior_metrics.csv."""
+    with open(metrics, newline="") as file:
+        rows = list(csv.DictReader(file))
+    figure = Figure(figsize=(7, 4), dpi=110, layout="constrained")
+    ax = figure.subplots()
+    plot_columns(ax, rows, "train_nats", label="training images (mean since the last line)")
+    plot_columns(ax, rows, "held_out_nats", marker="o", color="tab:red", label="held-out images")
+    ax.axvline(best_step, color="black", linestyle="--", linewidth=1, label="kept")
+    ax.set(title="cross-entropy of a code", xlabel="step", ylabel="nats per code")
+    ax.grid(alpha=0.3)
+    ax.legend()
+    figure.savefig(path)
+
+
+def save_samples(path: Path, rows: Sequence[Tensor], title: str):
+    """Draw rows of images (n, C, H, W) uint8, as far as the picture stays readable."""
+    rows = [row[:SAMPLES].cpu() for row in rows[:SAMPLES]]
+    columns = max(len(row) for row in rows)
+    filled = [torch.cat([row, row.new_full((columns - len(row), *row.shape[1:]), 128)]) for row in rows]
+    grid = make_grid(torch.cat(filled), nrow=columns, padding=1, pad_value=128)
+    height, width = grid.shape[1:]
+    scale = max(1, round(900 / width))
+    figure = Figure(figsize=(width * scale / 100, height * scale / 100 + 0.4), dpi=100)
+    ax = figure.add_axes((0, 0, 1, height * scale / 100 / figure.get_figheight()))
+    ax.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
+    ax.axis("off")
+    figure.suptitle(title, y=1 - 0.05 / figure.get_figheight(), va="top", parse_math=False)
+    figure.savefig(path)

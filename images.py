@@ -10,7 +10,7 @@ import hashlib
 import math
 import os
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +25,8 @@ from tqdm import tqdm
 
 from checkpoint import Damaged, read_file
 
+AHEAD = 16  # images decoded ahead of the one that is asked for
+
 
 class ImageFiles(torch.utils.data.Dataset):
     """Images on disk, each decoded to (C, H, W) uint8 when it is asked for; `shape` is that of the tensor of all."""
@@ -38,9 +40,12 @@ class ImageFiles(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> Tensor:
         try:
-            return decode(self.paths[index], self.shape[1], self.image_size)
+            image = decode(self.paths[index], self.shape[1], self.image_size)
         except Exception as error:
             raise ValueError(f"{self.paths[index]} cannot be decoded any more ({error})") from error
+        if image.shape != self.shape[1:]:
+            raise ValueError(f"{self.paths[index]} has changed its size to {image.shape[2]}x{image.shape[1]} pixels")
+        return image
 
 
 Images = Tensor | ImageFiles
@@ -48,7 +53,7 @@ Images = Tensor | ImageFiles
 
 def load_folder(
     folder: Path, image_size: int | None, memory_limit: float | None, skip_bad_images: bool, cache: Path | None
-) -> tuple[Images, Tensor | None, Images, Tensor | None, Tensor]:
+) -> tuple[Images, Tensor | None, Images, Tensor | None, Tensor, str]:
     """Load a folder of images (PNG, JPEG, WebP, ...), which may have train/ and test/, and in them a folder per class.
 
     Without test/, a tenth of the images is the test set, always the same.
@@ -57,7 +62,8 @@ def load_folder(
         As of `data.load_dataset`.
 
     Returns:
-        Training images and labels, test images and labels, and `count_pixels` of the training images.
+        Training images and labels, test images and labels, `count_pixels` of the training images, and a digest of the
+        images' names and sizes on disk, in order.
 
     Raises:
         ValueError: there are no images, or some that cannot be decoded, or they differ in size.
@@ -85,21 +91,23 @@ def load_folder(
         train, test = (ImageFiles(part, decoded["shape"], image_size) for part in parts)
     else:
         train, test = images[:n_train], images[n_train:]
+    digest = listing_digest(folder, [files[i] for i in good], n_train)
     train_labels, test_labels = (None, None) if labels is None else labels[good].tensor_split([n_train])
-    return train, train_labels, test, test_labels, decoded["counts"]
+    return train, train_labels, test, test_labels, decoded["counts"], digest
 
 
 def list_images(folder: Path) -> tuple[list[Path], int, Tensor | None]:
     """Return a folder's images, those of the training set first, how many these are, and the labels of all."""
+    separate = (folder / "test").is_dir()
     train_root = folder / "train" if (folder / "train").is_dir() else folder
-    separate = train_root != folder and (folder / "test").is_dir()
     test_root = folder / "test" if separate else train_root
-    train, test = walk(train_root), walk(test_root)
+    if separate and train_root == folder:
+        raise ValueError(f"{folder} has a folder test/ but no train/; move its other images to {folder / 'train'}")
+    test = walk(test_root)
     # Shuffled, so that the first of the test images, which are drawn, are of all classes.
     test = [test[i] for i in np.random.default_rng(0).permutation(len(test))]
-    if not separate:
-        share = max(1, len(test) // 10)
-        test, train = test[:share], test[share:]
+    share = max(1, len(test) // 10)
+    test, train = (test, walk(train_root)) if separate else (test[:share], test[share:])
     inside = [path.relative_to(root) for root, part in ((train_root, train), (test_root, test)) for path in part]
     classes = sorted({path.parts[0] for path in inside})
     labels = torch.tensor([classes.index(path.parts[0]) for path in inside])
@@ -112,8 +120,11 @@ def walk(root: Path) -> list[Path]:
     Raises:
         ValueError: there are none.
     """
-    walked = os.walk(root, followlinks=True)
-    paths = [Path(parent, name) for parent, _, names in walked for name in names if not name.startswith(".")]
+    paths, seen = [], set()
+    for parent, folders, names in os.walk(root, followlinks=True):
+        paths += [Path(parent, name) for name in names if not name.startswith(".")]
+        seen.add(os.path.realpath(parent))
+        folders[:] = [name for name in folders if os.path.realpath(Path(parent, name)) not in seen]  # links may circle
     images = sorted(path for path in paths if path.suffix.lower() in IMG_EXTENSIONS)
     if not images:
         raise ValueError(f"{root} holds no images ({', '.join(IMG_EXTENSIONS)})")
@@ -130,11 +141,9 @@ def decode_folder(
         shape: (C, H, W) of each; one channel if all are grey.
         bad: for each of `files` that cannot be decoded, by its number, the reason.
         counts: (C, 256), how often each channel of the training images has each level.
-        key: a digest of the folder's listing.
+        key: what the kept images are valid for: the folder as it is now.
     """
-    stats = [path.stat() for path in files]
-    listing = [f"{path.relative_to(folder)} {s.st_size} {s.st_mtime_ns}" for path, s in zip(files, stats)]
-    key = hashlib.sha256("\n".join([str(image_size), str(n_train), *listing]).encode()).hexdigest()
+    key = [str(folder.resolve()), image_size, listing_digest(folder, files, n_train, times=True)]
     if cache and cache.is_file():
         with contextlib.suppress(Damaged, KeyError, TypeError):
             saved = read_file(cache, mmap=True)
@@ -145,23 +154,32 @@ def decode_folder(
 
     headers = dict(enumerate(attempts(read_header, files, "reading sizes")))
     bad = {i: header for i, header in headers.items() if isinstance(header, str)}
-    shape = common_shape([header for i, header in headers.items() if i not in bad], folder, image_size)
+    shape = common_shape(files, {i: header for i, header in headers.items() if i not in bad}, bad, image_size)
     keep = len(files) * math.prod(shape) <= limit
+
+    def measured(path: Path) -> tuple[Tensor | None, Tensor]:
+        image = decode(path, shape[0], image_size)
+        if image.shape != shape:
+            raise ValueError(f"it has {image.shape[2]}x{image.shape[1]} pixels, the others {shape[2]}x{shape[1]}")
+        return (image if keep else None), count_pixels(image[None])
+
     images = torch.empty(len(files) if keep else 0, *shape, dtype=torch.uint8)
     counts = torch.zeros(shape[0], 256, dtype=torch.int64)
+    candidates = [i for i in range(len(files)) if i not in bad]
     good = 0
-    for i, image in enumerate(attempts(lambda path: decode(path, shape[0], image_size), files, "decoding")):
-        if isinstance(image, str):
-            bad[i] = image
+    for i, result in zip(candidates, attempts(measured, [files[i] for i in candidates], "decoding")):
+        if isinstance(result, str):
+            bad[i] = result
             continue
+        image, levels = result
         if keep:
             images[good] = image
         good += 1
         if i < n_train:
-            counts += count_pixels(image[None])
-    images = (images if good == len(files) else images[:good].clone()) if keep else None
+            counts += levels
+    images = images[:good] if keep else None
     decoded = {"images": images, "shape": shape, "bad": bad, "counts": counts, "key": key}
-    if cache:
+    if cache and not bad:  # what could not be decoded is tried again
         temporary = cache.with_name(cache.name + ".tmp")
         try:
             torch.save(decoded, temporary)
@@ -170,6 +188,15 @@ def decode_folder(
             temporary.unlink(missing_ok=True)
             print(f"cannot keep the decoded images for the next run ({error})", file=sys.stderr, flush=True)
     return decoded
+
+
+def listing_digest(folder: Path, files: list[Path], n_train: int, times: bool = False) -> str:
+    """Return a digest of the files' names and sizes on disk, in order, and of their times of change."""
+    digest = hashlib.sha256(str(n_train).encode())
+    for path in files:
+        size, changed = (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else (0, 0)
+        digest.update(os.fsencode(f"\n{path.relative_to(folder)} {size} {changed if times else ''}"))
+    return digest.hexdigest()
 
 
 def attempts(function: Callable, paths: list[Path], what: str) -> Iterator:
@@ -182,30 +209,43 @@ def attempts(function: Callable, paths: list[Path], what: str) -> Iterator:
             return " ".join(str(error).split()) or type(error).__name__
 
     with ThreadPoolExecutor() as pool, tqdm(total=len(paths), desc=what, unit=" images", disable=None) as bar:
-        for start in range(0, len(paths), 1000):  # results wait in memory until it is their turn
-            for result in pool.map(attempt, paths[start : start + 1000]):
+        waiting = deque()  # few: results wait in memory until it is their turn
+        for path in [*paths, *[None] * AHEAD]:
+            if path is not None:
+                waiting.append(pool.submit(attempt, path))
+            if waiting and (path is None or len(waiting) > AHEAD):
                 bar.update()
-                yield result
+                yield waiting.popleft().result()
 
 
 def read_header(path: Path) -> tuple[int, int, bool]:
     """Return an image's height and width, and whether it is grey."""
     with Image.open(path) as image:
         width, height = image.size
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        # A square stays as it is when turned, and of a PNG the pixels would have to be read to know.
+        turned = width != height and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         grey = image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")
     return (width, height, grey) if turned else (height, width, grey)
 
 
-def common_shape(headers: list, folder: Path, image_size: int | None) -> tuple[int, int, int]:
+def common_shape(files: list[Path], headers: dict, bad: dict, image_size: int | None) -> tuple[int, int, int]:
+    """Return (C, H, W) of all images from their headers, adding to `bad` those that differ because they are broken."""
     if not headers:
-        raise ValueError(f"none of the images in {folder} can be decoded")
-    sizes = Counter((width, height) for height, width, _ in headers)
-    if image_size is None and len(sizes) > 1:
-        found = [f"{width}x{height} ({n:,} images)" for (width, height), n in sizes.most_common()]
-        raise ValueError(f"the images in {folder} differ in size: {shortened(found)}; give one with --image-size")
-    height, width, _ = headers[0] if image_size is None else (image_size, image_size, None)
-    return 1 if all(grey for _, _, grey in headers) else 3, height, width
+        found = [f"{files[i]} ({reason})" for i, reason in bad.items()]
+        raise ValueError(f"none of the images can be decoded: {shortened(found)}")
+    channels = 1 if all(grey for _, _, grey in headers.values()) else 3
+    if image_size is not None:
+        return channels, image_size, image_size
+    sizes = Counter((height, width) for height, width, _ in headers.values())
+    height, width = sizes.most_common(1)[0][0]
+    odd = [i for i, header in headers.items() if header[:2] != (height, width)]
+    tried = zip(odd, attempts(lambda path: decode(path, channels, None), [files[i] for i in odd], "reading odd sizes"))
+    bad |= {i: result for i, result in tried if isinstance(result, str)}
+    sizes = Counter(header[:2] for i, header in headers.items() if i not in bad)
+    if len(sizes) > 1:
+        found = [f"{width}x{height} ({n:,} images)" for (height, width), n in sizes.most_common()]
+        raise ValueError(f"the images differ in size: {shortened(found)}; give one with --image-size")
+    return channels, height, width
 
 
 def decode(path: Path, channels: int, image_size: int | None) -> Tensor:

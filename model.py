@@ -158,8 +158,10 @@ class VQVAE(nn.Module):
         of a level's indices stands for its average code everywhere: the images are what the other levels carry.
         """
         known = [(level, stride) for level, stride in zip(indices, self.strides) if level is not None]
-        if len(indices) != len(self.levels) or not known:
+        if len(indices) != len(self.levels):
             raise ValueError(f"got indices of {len(indices)} levels, but the model has {len(self.levels)}")
+        if not known:
+            raise ValueError("got no indices of any level; give those of one at least")
         batch, grid = len(known[0][0]), [length * known[0][1] for length in known[0][0].shape[-2:]]
         z_q = [
             level.average_code(batch, *(length // stride for length in grid))

@@ -86,7 +86,7 @@ def check_memory(make_model: Callable[[], nn.Module], device: torch.device):
     if needed > there:
         raise ValueError(
             f"training this model takes {needed / 1e9:,.0f} GB or more and there are {there / 1e9:,.0f}; "
-            "make --codebook-size, --code-dim, --width or --blocks smaller"
+            "make it smaller by the flags that --help lists under model"
         )
 
 

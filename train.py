@@ -5,27 +5,25 @@ step and resumed ends with the same weights, bit for bit on a CPU, as one that w
 """
 
 import argparse
-import contextlib
 import csv
 import json
 import math
-import signal
 import sys
 import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import figures
 from checkpoint import (
+    CHECKPOINT,
     IMAGE_CACHE,
     load_checkpoint,
     prepare_folder,
     random_state,
+    resume_command,
     run_errors,
     save_checkpoint,
     set_random_state,
@@ -33,15 +31,15 @@ from checkpoint import (
     writable_folder,
     write_whole,
 )
-from data import NAMES, Dataset, Unavailable, batch_indices, batches, load_dataset, to_pixels
+from data import NAMES, Dataset, Unavailable, batch_indices, batches, check_same, load_dataset, to_pixels
 from evaluate import evaluate
+from loop import add_run_flags, parse_run, train_loop
 from model import LEVELS, VQVAE, build_model
 from process import (
     agree,
     catch_signals,
     check_memory,
     from_rank_0,
-    job,
     join_processes,
     number,
     pick_device,
@@ -49,8 +47,6 @@ from process import (
 )
 from quantizer import perplexity
 
-RESUME_MAY_CHANGE = {"steps", "save_every", "log_every", "data_dir", "device", "precision", "out_dir", "resume", "job"}
-RESUME_MAY_CHANGE |= {"memory_limit"}
 CODEBOOK_IMAGES = 100  # test images whose encoder outputs are drawn behind the codes
 CURVE_IMAGES = 1000  # test images behind the curve of the test MSE; summary.json is about all of them
 
@@ -107,61 +103,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--revive-below", type=share, default=0.03, help="revive codes used less than this share of the mean; 0: none"
     )
     group = parser.add_argument_group("optimisation")
-    group.add_argument(
-        "--steps", type=positive, default=10_000, help="training steps in all; the learning rate falls to 0 there"
-    )
-    group.add_argument("--batch-size", type=positive, default=32, help="images per step, of all processes together")
     group.add_argument("--lr", type=rate, default=4e-3, help="highest learning rate of encoder and decoder")
     group.add_argument("--codebook-lr", type=rate, default=4e-2, help="highest learning rate of the codes")
-    group.add_argument(
-        "--seed", type=number(int, 0, 2**63), default=0, help="seed of the weights, the batches and the codes"
-    )
-    group = parser.add_argument_group("run")
     group.add_argument("--out-dir", default="results", help="folder for all output; an earlier run in it is kept")
-    group.add_argument(
-        "--resume",
-        metavar="RUN",
-        help="folder of a run to go on with, by its own arguments; "
-        "with other --steps, the learning rate goes on as if they had been planned from the start",
-    )
-    group.add_argument("--save-every", type=positive, default=1000, help="steps between pictures and checkpoints")
-    group.add_argument("--log-every", type=positive, default=100, help="steps between lines of metrics.csv")
-    devices, precisions = ("auto", "cuda", "mps", "cpu"), ("auto", "float32", "bfloat16")
-    group.add_argument("--device", choices=devices, default="auto", help="auto: the first of these that is there")
-    group.add_argument("--precision", choices=precisions, default="auto", help="of convolutions; auto: the faster one")
-    args = parser.parse_args(argv)
-    if args.resume is None and job():  # torchrun starts all processes of a job again when one has died
-        with contextlib.suppress(ValueError):
-            if load_checkpoint(args.out_dir)["args"]["job"] == job():
-                args.resume = args.out_dir
-    if args.resume is not None:
-        args = resumed_args(parser, argv, args.resume)
-    args.job = job()
-    return args
-
-
-def resumed_args(parser: argparse.ArgumentParser, argv: list[str] | None, run: str) -> argparse.Namespace:
-    """Parse again with the run's own arguments as defaults, refusing flags that contradict them."""
-    try:
-        checkpoint = load_checkpoint(run)
-    except ValueError as error:
-        parser.error(str(error))
-    saved = checkpoint["args"]
-    parser.set_defaults(**saved | {"out_dir": run, "resume": run})
-    args = parser.parse_args(argv)
-    if args.out_dir != run:
-        parser.error(f"--out-dir {args.out_dir}: a resumed run goes on in its own folder, {run}; leave out --out-dir")
-    if args.dataset == "auto":
-        args.dataset = saved["dataset"]
-    for name, value in saved.items():
-        if name not in RESUME_MAY_CHANGE and getattr(args, name) != value:
-            flag = "--" + name.replace("_", "-")
-            parser.error(f"{flag} is {getattr(args, name)}, but the run in {run} has {value}; leave out {flag}")
-    if checkpoint["progress"]["step"] >= args.steps:
-        if saved["job"] and saved["job"] == job():
-            sys.exit(0)  # a process died after the last step of a job
-        parser.error(f"the run in {run} has done its {checkpoint['progress']['step']} steps; give more with --steps")
-    return args
+    add_run_flags(parser, steps=10_000, batch_size=32, what="a run")
+    return parse_run(parser, argv, folder_flag="out_dir")
 
 
 def main(args: argparse.Namespace):
@@ -179,8 +125,10 @@ def main(args: argparse.Namespace):
             args.downsample = 4 if args.levels > 1 or max(image_shape) <= 64 else 8
         check_memory(lambda: build_model(vars(args), image_shape), device)
         checkpoint = load_checkpoint(folder) if args.resume is not None else None
-        if checkpoint and not torch.equal(checkpoint["model"]["mean"].flatten(), data.mean):
-            raise ValueError(f"the images of {data.name} are not those that the run in {folder} was trained on")
+        if checkpoint:
+            check_same(data, checkpoint)
+        shown = torch.arange(min(CURVE_IMAGES, len(data.test_images)))
+        first_test_images = torch.cat(list(batches(data.test_images, shown.split(100), device)))
         signals = catch_signals()
         if rank == 0 and not checkpoint:
             prepare_folder(folder)
@@ -190,7 +138,8 @@ def main(args: argparse.Namespace):
     quantizers = [level.quantizer for level in model.levels]
     codebooks = [codebook for quantizer in quantizers for codebook in quantizer.parameters()]  # none with --ema
     networks = [p for p in model.parameters() if not any(p is codebook for codebook in codebooks)]
-    optimizer = torch.optim.Adam([{"params": networks}, {"params": codebooks}], betas=(0.9, 0.99), fused=True)
+    groups = [{"params": networks, "initial_lr": args.lr}, {"params": codebooks, "initial_lr": args.codebook_lr}]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
     # What is done, and the sums of the losses and of each code's uses since the step last logged.
     sums = torch.zeros(1 + args.levels * (2 + args.codebook_size))
     progress = {"step": 0, "seconds": 0.0, "logged": 0, "sums": sums}
@@ -201,74 +150,60 @@ def main(args: argparse.Namespace):
         progress = checkpoint["progress"]
     progress["sums"] = progress["sums"].to(device)
     forward = DistributedDataParallel(model) if ranks > 1 else model
-    first_test_images = next(
-        batches(data.test_images, [torch.arange(min(CURVE_IMAGES, len(data.test_images)))], device)
-    )
+    if rank == 0:
+        where = f"{device.type} in {args.precision}" + (f", {ranks} processes" if ranks > 1 else "")
+        print(f"training on {n:,} images of {data.name}, on {where}", flush=True)
+
+    def update(images: Tensor) -> Tensor:
+        x = to_pixels(images, device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bfloat16"):
+            x_recon, levels = forward(x)
+        recon_loss = ((x_recon - x) / model.std).square().mean()  # of normalised images
+        codebook_loss = sum(level.codebook_loss for level in levels)
+        commitment_loss = sum(level.commitment_loss for level in levels)
+        loss = recon_loss + codebook_loss + args.beta * commitment_loss  # arXiv 1711.00937, equation 3
+        share = len(x) / args.batch_size  # 1, or what of the batch is on this rank
+        optimizer.zero_grad()
+        (loss * (share * ranks)).backward()  # DistributedDataParallel then averages over the ranks
+        for quantizer in quantizers:
+            quantizer.reset_revived(optimizer)
+        optimizer.step()
+        of_levels = [loss for level in levels for loss in (level.codebook_loss, level.commitment_loss)]
+        losses = torch.stack([recon_loss, *of_levels]).detach() * share
+        counts = [quantizer.count(level.indices) for quantizer, level in zip(quantizers, levels)]
+        return torch.cat([losses, *counts])
+
+    def log(saving: bool) -> str:
+        test_mse = evaluate(model, first_test_images)[0]["test_mse"] if saving else None
+        line = write_metrics(folder, args, progress, test_mse)
+        if saving:
+            save_pictures(folder, model, first_test_images, f"{data.name}, step {progress['step']:,}", progress["step"])
+        if progress["step"] == args.steps:
+            finish(folder, args, model, data, first_test_images, progress)
+        return line
+
+    described = {"data": data.digest, "image_shape": image_shape}
 
     def save():
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": random_state(device)}
-        save_checkpoint(folder, state | {"args": vars(args), "image_shape": image_shape, "progress": progress})
+        save_checkpoint(folder, state | {"args": vars(args), **described, "progress": progress})
 
     with run_errors(folder, progress):
         if rank == 0:
-            where = f"{device.type} in {args.precision}" + (f", {ranks} processes" if ranks > 1 else "")
-            print(f"training on {n:,} images of {data.name}, on {where}", flush=True)
             trim_metrics(folder / "metrics.csv", columns(args.levels), progress["step"])
             if not checkpoint:
                 save()  # so that there is something to resume from the first step on
-        hidden = rank > 0 or not (sys.stderr.isatty() and sys.stdout.isatty())
-        bar = tqdm(total=args.steps, initial=progress["step"], disable=hidden, dynamic_ncols=True)
-        began = time.perf_counter() - progress["seconds"]
-        steps = range(progress["step"] + 1, args.steps + 1)
-        order = (batch_indices(n, args.batch_size, args.seed, step - 1).tensor_split(ranks)[rank] for step in steps)
-        for step, images in zip(steps, batches(data.train_images, order, device)):
-            for group, highest in zip(optimizer.param_groups, (args.lr, args.codebook_lr)):
-                group["lr"] = highest * schedule(step, args.steps)
-            x = to_pixels(images, device)
-
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bfloat16"):
-                x_recon, levels = forward(x)
-            recon_loss = ((x_recon - x) / model.std).square().mean()  # of normalised images
-            codebook_loss = sum(level.codebook_loss for level in levels)
-            commitment_loss = sum(level.commitment_loss for level in levels)
-            loss = recon_loss + codebook_loss + args.beta * commitment_loss  # arXiv 1711.00937, equation 3
-            share = len(x) / args.batch_size  # 1, or what of the batch is on this rank
-            optimizer.zero_grad()
-            (loss * (share * ranks)).backward()  # DistributedDataParallel then averages over the ranks
-            for quantizer in quantizers:
-                quantizer.reset_revived(optimizer)
-            optimizer.step()
-
-            of_levels = [loss for level in levels for loss in (level.codebook_loss, level.commitment_loss)]
-            losses = torch.stack([recon_loss, *of_levels]).detach() * share
-            counts = [quantizer.count(level.indices) for quantizer, level in zip(quantizers, levels)]
-            sums = torch.cat([losses, *counts, losses.new_tensor([len(signals)])])
-            if ranks > 1:
-                dist.all_reduce(sums)
-            stopping = bool(sums[-1]) if ranks > 1 else bool(signals)  # at the same step on every rank
-            saving = step % args.save_every == 0 or step == args.steps
-            progress["sums"] += sums[:-1]
-            progress |= {"step": step, "seconds": time.perf_counter() - began}
-            bar.update()
-            if not (saving or stopping or step % args.log_every == 0):
-                continue
-            if not progress["sums"].isfinite().all():
-                raise FloatingPointError("a loss is NaN or infinite; lower the learning rate")
-            if rank == 0 and (saving or step % args.log_every == 0):
-                test_mse = evaluate(model, first_test_images)[0]["test_mse"] if saving else None
-                log(folder, args, progress, test_mse, bar)
-            if rank == 0 and saving:
-                save_pictures(folder, model, first_test_images, f"{data.name}, step {step:,}", step)
-            if rank == 0 and step == args.steps:
-                finish(folder, args, model, data, first_test_images, progress, bar)
-            if rank == 0 and (saving or stopping):
-                save()  # last of all, so that whatever a checkpoint counts as done is on disk
-            if stopping and step < args.steps:
-                bar.close()
-                if rank == 0:
-                    start = "python" if ranks == 1 else "torchrun ..."
-                    print(f"stopped at step {step}; to go on: {start} train.py --resume {folder}", flush=True)
-                sys.exit(128 + (signals or [signal.SIGTERM])[0])
+        steps = range(progress["step"], args.steps)
+        order = (batch_indices(n, args.batch_size, args.seed, step).tensor_split(ranks)[rank] for step in steps)
+        images, resume = batches(data.train_images, order, device), resume_command(folder, CHECKPOINT)
+        train_loop(args, resume, progress, optimizer.param_groups, signals, images, update, log, save)
+    if rank == 0:
+        summary = json.loads((folder / "summary.json").read_text())
+        used = " + ".join(str(summary["codes_used" + of]) for of in LEVELS[args.levels])
+        print(
+            f"{data.name}: test MSE {summary['test_mse']:.5f}, PSNR {summary['test_psnr']:.2f} dB, {used} of "
+            f"{args.codebook_size} codes used, {summary['seconds']:.0f} s; pictures and summary.json are in {folder}"
+        )
 
 
 def load_data(args: argparse.Namespace, rank: int) -> Dataset:
@@ -276,14 +211,16 @@ def load_data(args: argparse.Namespace, rank: int) -> Dataset:
 
     Rank 0 downloads and decides; the other processes take the data set that it took.
     """
-    if rank > 0:
-        args.dataset = from_rank_0(None)
+    memory_limit = args.memory_limit
+    if rank > 0:  # not each by the memory that the others have left it
+        args.dataset, in_memory = from_rank_0(None)
+        memory_limit = math.inf if in_memory else 0
     try:
         data = load_dataset(
             "mnist" if args.dataset == "auto" else args.dataset,
             args.data_dir,
             args.image_size,
-            args.memory_limit,
+            memory_limit,
             args.skip_bad_images,
             cache=Path(args.out_dir, IMAGE_CACHE),
         )
@@ -300,14 +237,8 @@ def load_data(args: argparse.Namespace, rank: int) -> Dataset:
     if args.dataset == "auto":
         args.dataset = data.name
     if rank == 0:
-        from_rank_0(args.dataset)
+        from_rank_0((args.dataset, isinstance(data.train_images, Tensor)))
     return data
-
-
-def schedule(step: int, steps: int) -> float:
-    """Return the learning rate of a step, counted from 1, as a share of the highest: warm-up, then half a cosine."""
-    warm_up = min(1.0, step / (0.03 * steps))
-    return warm_up * 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
 
 
 def columns(levels: int) -> list[str]:
@@ -316,8 +247,8 @@ def columns(levels: int) -> list[str]:
     return ["step", "recon_loss", *(name + of for of in LEVELS[levels] for name in names), "test_mse", "dataset"]
 
 
-def log(folder: Path, args: argparse.Namespace, progress: dict, test_mse: float | None, bar: tqdm):
-    """Append a line to metrics.csv: means since the line before it; show it in the bar, or print it without one."""
+def write_metrics(folder: Path, args: argparse.Namespace, progress: dict, test_mse: float | None) -> str:
+    """Append a line to metrics.csv: means since the line before it; return it to be read."""
     losses, counts = progress["sums"].split([1 + 2 * args.levels, args.levels * args.codebook_size])
     recon_loss, *losses = (losses / (progress["step"] - progress["logged"])).tolist()
     row, shown = [progress["step"], recon_loss], [f"recon {recon_loss:.4f}"]
@@ -328,14 +259,9 @@ def log(folder: Path, args: argparse.Namespace, progress: dict, test_mse: float 
         shown.append(f"{of[1:]} {level}".strip())
     with open(folder / "metrics.csv", "a", newline="") as file:
         csv.writer(file, lineterminator="\n").writerow([*row, test_mse, args.dataset])
-    shown.append(f"{progress['step'] * args.batch_size / progress['seconds']:,.0f} images/s")
     if test_mse is not None:
-        shown.append(f"test MSE {test_mse:.5f} ({CURVE_IMAGES:,} images)")
-    bar.set_postfix_str(", ".join(shown))
-    if bar.disable:
-        print(f"step {progress['step']}/{args.steps}: {', '.join(shown)}", flush=True)
-    progress["sums"].zero_()
-    progress["logged"] = progress["step"]
+        shown.append(f"test MSE {test_mse:.5f} of the first {CURVE_IMAGES:,}")
+    return ", ".join(shown)
 
 
 @torch.inference_mode()
@@ -353,30 +279,21 @@ def save_pictures(folder: Path, model: VQVAE, images: Tensor, title: str, step: 
     figures.save_curves(folder / "curves.png", folder / "metrics.csv", title)
 
 
-def finish(
-    folder: Path, args: argparse.Namespace, model: VQVAE, data: Dataset, images: Tensor, progress: dict, bar: tqdm
-):
-    """Measure the model on all test images, draw its codebooks, and write and print the summary."""
+def finish(folder: Path, args: argparse.Namespace, model: VQVAE, data: Dataset, images: Tensor, progress: dict):
+    """Measure the model on all test images, draw its codebooks, and write the summary."""
     began = time.perf_counter()
     measured, counts = evaluate(model, data.test_images)
     with torch.inference_mode():
         z_e = model.z_e(to_pixels(images[:CODEBOOK_IMAGES], model.mean.device))
     codebooks = [level.quantizer.codebook.detach() for level in model.levels]
-    title = f"{data.name}, step {progress['step']:,}"
     names = [f"{of[1:]} " * bool(of) for of in LEVELS[args.levels]]
+    title = f"{data.name}, step {progress['step']:,}"
     figures.save_codebooks(folder / "codebook.png", names, codebooks, counts, z_e, title)
     progress["seconds"] += time.perf_counter() - began
     rate = progress["step"] * args.batch_size / progress["seconds"]
     summary = {"dataset": data.name, "steps": progress["step"], "seconds": progress["seconds"]}
     summary |= {"images_per_second": rate, **measured, "arguments": vars(args)}
     write_whole(folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
-    bar.close()
-    used = " + ".join(str(measured["codes_used" + of]) for of in LEVELS[args.levels])
-    print(
-        f"{data.name}: test MSE {measured['test_mse']:.5f}, PSNR {measured['test_psnr']:.2f} dB, "
-        f"{used} of {args.codebook_size} codes used, {progress['seconds']:.0f} s; "
-        f"pictures and summary.json are in {folder}"
-    )
 
 
 if __name__ == "__main__":

@@ -11,10 +11,12 @@ from PIL import Image
 
 import checkpoint
 import train as script
+import train_prior as prior_script
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--dataset=digits", "--codebook-size=32", "--code-dim=8", "--width=8", "--blocks=1", "--batch-size=16"]
 SMALL += ["--log-every=5", "--device=cpu"]
+TINY = ["--width=16", "--depth=1", "--heads=2", "--batch-size=16", "--log-every=2", "--device=cpu"]  # prior
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +31,10 @@ def signal_handlers():
 def train(folder, *flags):
     """Train a small model on the CPU, in this process."""
     script.main(script.parse_args([f"--out-dir={folder}", *SMALL, *map(str, flags)]))
+
+
+def train_prior(folder, *flags):
+    prior_script.main(prior_script.parse_args([f"--run={folder}", *TINY, *map(str, flags)]))
 
 
 def rows(folder):
@@ -65,6 +71,20 @@ def finished_run(tmp_path_factory):
 def trained_run(finished_run, tmp_path):
     """A copy of it, to be changed at will."""
     return Path(shutil.copytree(finished_run, tmp_path / "results"))
+
+
+@pytest.fixture(scope="session")
+def prior_run(finished_run, tmp_path_factory):
+    """A run with a prior of 8 steps, not to be changed."""
+    folder = shutil.copytree(finished_run, tmp_path_factory.mktemp("prior") / "results")
+    train_prior(folder, "--steps=8", "--save-every=4")
+    return folder
+
+
+@pytest.fixture
+def generating_run(prior_run, tmp_path):
+    """A copy of it, to be changed at will."""
+    return Path(shutil.copytree(prior_run, tmp_path / "results"))
 
 
 def save(path, shape=(12, 16), mode="RGB", **options):

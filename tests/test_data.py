@@ -1,5 +1,6 @@
 import gzip
 import hashlib
+import pickle
 import shutil
 import struct
 
@@ -149,3 +150,25 @@ def test_channel_stats_are_those_of_numpy():
 def test_pixels_are_in_0_to_1():
     images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1, 1)
     assert to_pixels(images, torch.device("cpu")).flatten().tolist() == pytest.approx([0, 0.2, 1])
+
+
+def test_cifar10_is_loaded_as_uint8_with_its_own_test_split_and_damaged_files_are_named(tmp_path, monkeypatch):
+    random = np.random.default_rng(0)
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    pixels, md5s = {}, {}
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"]:
+        pixels[name] = random.integers(0, 256, (4, 3072), np.uint8)
+        content = {"data": pixels[name], "labels": [0, 1, 2, 3], "label_names": ["cat"]}
+        (folder / name).write_bytes(pickle.dumps(content))
+        md5s[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    source = datasets.CIFAR10
+    monkeypatch.setattr(source, "train_list", [[name, md5s[name]] for name in md5s if "data" in name])
+    monkeypatch.setattr(source, "test_list", [["test_batch", md5s["test_batch"]]])
+    monkeypatch.setattr(source, "meta", source.meta | {"md5": md5s["batches.meta"]})
+    loaded = load_dataset("cifar10", tmp_path)
+    assert loaded.train_images.shape == (20, 3, 32, 32) and loaded.train_labels.tolist() == [0, 1, 2, 3] * 5
+    assert np.array_equal(loaded.test_images.flatten(1).numpy(), pixels["test_batch"])  # red, green, blue planes
+    (folder / "data_batch_3").write_bytes(b"")
+    with pytest.raises(ValueError, match="data_batch_3 is truncated or corrupt; delete it"):
+        load_dataset("cifar10", tmp_path)

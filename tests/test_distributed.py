@@ -111,6 +111,18 @@ def test_torchrun_matches_one_process_and_its_checkpoint_resumes_on_other_number
     assert [int(row["step"]) for row in rows(three)] == [5, 10, 15, 20, 24, 25, 28]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [1, 0])
+def test_ranks_share_a_folder_of_images(folder, tmp_path, limit):
+    flags = [*RUN, f"--dataset={folder}", f"--memory-limit={limit}", "--steps=6", "--save-every=6"]
+    code, printed = finish(torchrun("--standalone", *flags, f"--out-dir={tmp_path / 'two'}"))
+    assert code == 0, printed
+    subprocess.run([sys.executable, *flags, f"--out-dir={tmp_path / 'one'}"], cwd=ROOT, check=True, capture_output=True)
+    for a, b in zip(losses(tmp_path / "two"), losses(tmp_path / "one"), strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
+    assert (tmp_path / "two" / "images.pt").is_file()
+
+
 def workers(agent):
     """Wait for the agent's two processes and return their ids, rank 0 first."""
     found = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True).stdout.split()

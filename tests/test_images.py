@@ -1,5 +1,6 @@
 """Folders of images: what is found in them, how they are decoded, and that it is the same from memory and from disk."""
 
+import os
 import shutil
 
 import numpy as np
@@ -131,13 +132,88 @@ def test_decoded_images_are_kept_until_the_folder_changes(folder, tmp_path, monk
     assert times_decoded() == 0
     assert times_decoded(image_size=8) == 30
     assert times_decoded(image_size=8) == 0
-    save(folder / "test" / "cat" / "0.png", mode="L")  # and so it changes its size on disk
+    path = folder / "test" / "cat" / "0.png"
+    content = path.read_bytes()
+    save(path, mode="L")  # and so it changes its size on disk
+    assert times_decoded() == 30
+    path.write_bytes(content)
+    os.utime(path, ns=(0, 10**18))
+    assert times_decoded() == 30
+    os.utime(path, ns=(0, 10**18 + 1))  # of the same size, changed at another time
+    assert times_decoded() == 30
+    path.rename(folder / "train" / "cat" / "new.png")  # of the same number
+    assert times_decoded() == 30
+    (folder / "train" / "cat" / "new.png").rename(path)
     assert times_decoded() == 30
     cache.write_bytes(cache.read_bytes()[:-100])
     assert times_decoded() == 30
     cache.write_bytes(b"")
     assert times_decoded() == 30
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_kept_images_of_one_folder_are_not_those_of_another(tmp_path):
+    for name in ("a", "b"):
+        for i in range(10):
+            save(tmp_path / name / f"{i}.bmp")
+            os.utime(tmp_path / name / f"{i}.bmp", ns=(0, 0))
+    first, second = (load(tmp_path / name, cache=tmp_path / "images.pt") for name in ("a", "b"))
+    assert not torch.equal(first.train_images, second.train_images)
+
+
+@pytest.mark.parametrize("memory_limit", [None, 0])
+def test_image_left_out_for_its_header_alone_shifts_no_other(folder, monkeypatch, memory_limit):
+    expected = load(folder)
+    bad, original = folder / "train" / "cat" / "3b.png", images.read_header
+    save(bad)
+    monkeypatch.setattr(images, "read_header", lambda path: original(path if path != bad else folder / "none"))
+    left = load(folder, memory_limit=memory_limit, skip_bad_images=True)
+    assert len(left.train_images) == len(left.train_labels) == 20 and len(left.test_labels) == 10
+    for before, after in ((expected.train_images, left.train_images), (expected.test_images, left.test_images)):
+        assert len(before) == len(after) and all(torch.equal(before[i], after[i]) for i in range(len(before)))
+
+
+def test_broken_links_and_broken_images_of_another_size_are_named_and_left_out(folder, capsys):
+    (folder / "train" / "cat" / "link.png").symlink_to("nowhere")
+    path = folder / "train" / "cat" / "large.png"
+    save(path, shape=(40, 50))
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(
+        ValueError, match="2 of the 32 images .* train/cat/(link|large).png .*, train/cat/(link|large).png"
+    ):
+        load(folder)
+    assert len(load(folder, skip_bad_images=True).train_images) == 20
+
+
+def test_names_in_another_encoding_are_no_obstacle(tmp_path):
+    for i in range(10):
+        save(tmp_path / "photos" / f"{i}.png")
+    try:
+        os.rename(tmp_path / "photos" / "0.png", os.fsencode(tmp_path / "photos") + b"/caf\xe9.png")
+    except OSError:
+        pytest.skip("names are UTF-8 here")
+    assert len(load(tmp_path / "photos", cache=tmp_path / "images.pt").train_images) == 9
+
+
+def test_links_in_a_circle_count_no_image_twice(folder):
+    (folder / "train" / "again").symlink_to(folder / "train")
+    assert len(load(folder).train_images) == 20
+
+
+def test_test_folder_without_a_train_folder_is_never_trained_on(folder):
+    for kind in ("cat", "dog"):
+        (folder / "train" / kind).rename(folder / kind)
+    (folder / "train").rmdir()
+    with pytest.raises(ValueError, match="has a folder test/ but no train/; move its other images"):
+        load(folder)
+
+
+def test_image_that_changes_its_size_while_training_is_named(folder):
+    data = load(folder, memory_limit=0)
+    path = data.train_images.paths[3]
+    save(path, shape=(20, 20))
+    with pytest.raises(OSError, match="has changed its size to 20x20 pixels"):
+        list(batches(data.train_images, torch.arange(20).split(5), torch.device("cpu")))
 
 
 def test_cache_that_cannot_be_written_does_not_stop_the_run(folder, tmp_path, capsys):

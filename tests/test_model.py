@@ -62,8 +62,8 @@ def test_absent_level_is_decoded_from_its_average_code():
     torch.testing.assert_close(model.levels[0].average_code(2, 4, 3)[1, :, 2, 1], expected)
     quantizer.ema_counts.zero_()[5] = 1
     torch.testing.assert_close(model.decode([torch.full_like(top, 5), bottom]), model.decode([None, bottom]))
-    for wrong in ([bottom], [None, None], []):
-        with pytest.raises(ValueError, match="the model has 2"):
+    for wrong, message in (([bottom], "the model has 2"), ([None, None], "no indices of any level"), ([], "has 2")):
+        with pytest.raises(ValueError, match=message):
             model.decode(wrong)
 
 

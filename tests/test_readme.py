@@ -5,12 +5,14 @@ import pytest
 from conftest import ROOT
 
 import evaluate
+import sample
 import train as script
+import train_prior
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 COMMANDS = [line for language, block in BLOCKS if language == "bash" for line in block.splitlines()]
-SCRIPTS = {"train.py": script, "evaluate.py": evaluate}
+SCRIPTS = {"train.py": script, "evaluate.py": evaluate, "train_prior.py": train_prior, "sample.py": sample}
 
 
 def test_first_screen_has_the_two_commands():
@@ -20,9 +22,9 @@ def test_first_screen_has_the_two_commands():
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python ")])
-def test_command_is_understood(command, trained_run):
+def test_command_is_understood(command, generating_run):
     name, *flags = shlex.split(command, comments=True)[1:]
-    flags = [str(trained_run) if flag == "results" else flag for flag in flags]
+    flags = [str(generating_run) if flag == "results" else flag for flag in flags]
     if "--resume" in flags and "--steps" not in flags:
         flags += ["--steps", "99"]  # the run at hand has finished its own
     if name in SCRIPTS:
@@ -31,12 +33,20 @@ def test_command_is_understood(command, trained_run):
 
 
 @pytest.mark.parametrize("snippet", [block for language, block in BLOCKS if language == "python"])
-def test_snippet_runs(snippet, trained_run, monkeypatch):
-    monkeypatch.chdir(trained_run.parent)  # where the run is in results/
+def test_snippet_runs(snippet, generating_run, monkeypatch):
+    monkeypatch.chdir(generating_run.parent)  # where the run is in results/
     exec(snippet, {})
 
 
 def test_every_file_named_exists():
     for name in re.findall(r"[\w./-]+\.(?:py|txt|png|toml)\b", re.sub(r"results/\S+|`\w*_?\d{6}\.png`", "", README)):
-        in_a_run = {"curves.png", "codebook.png"}
+        in_a_run = {
+            "curves.png",
+            "codebook.png",
+            "prior_curves.png",
+            "samples.png",
+            "completed.png",
+            "digit.png",
+            "neighbours.png",
+        }
         assert name in in_a_run or "recon_" in name or (ROOT / name).is_file(), name

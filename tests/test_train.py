@@ -3,16 +3,19 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, rows, same_run, train
+from conftest import ROOT, SMALL, rows, same_run, save, train
 from matplotlib.image import imread
 from torchvision import datasets
 
 import checkpoint
 import evaluate
+import sample
 import train as script
+import train_prior
 from data import Dataset, batch_indices, load_dataset, to_pixels
 from model import build_model
 
@@ -260,7 +263,7 @@ def test_resume_refuses_flags_that_contradict_the_run_and_names_both_values(caps
 
 
 def test_every_flag_has_its_help(capsys):
-    for parse_args in (script.parse_args, evaluate.parse_args):
+    for parse_args in (script.parse_args, evaluate.parse_args, train_prior.parse_args, sample.parse_args):
         with pytest.raises(SystemExit) as done:
             parse_args(["--help"])
         printed = capsys.readouterr().out
@@ -301,7 +304,7 @@ def test_colour_images_run_from_end_to_end(tmp_path, monkeypatch):
     grey = load_dataset("digits", "")
     colour = [t.repeat(1, 3, 1, 1) if t.ndim == 4 else t for t in grey[1:5]]
     monkeypatch.setattr(
-        script, "load_dataset", lambda *_, **__: Dataset("digits", *colour, torch.ones(3) / 2, torch.ones(3))
+        script, "load_dataset", lambda *_, **__: Dataset("digits", *colour, torch.ones(3) / 2, torch.ones(3), "")
     )
     train(tmp_path, "--steps=5")
     assert checkpoint.load_checkpoint(tmp_path)["image_shape"] == (3, 28, 28)
@@ -374,11 +377,32 @@ def test_depth_follows_the_size_of_the_images(tmp_path, size, levels, stride):
     assert checkpoint.load_model(saved).encode(x)[-1].shape == (1, size // stride, size // stride)
 
 
-def test_resuming_on_other_images_is_refused(capsys, folder, tmp_path):
+@pytest.mark.parametrize("change", ["train/cat/0.png", "test/dog/3.png"])
+def test_resuming_and_measuring_on_other_images_is_refused(capsys, folder, tmp_path, change):
     train(tmp_path / "run", f"--dataset={folder}", "--steps=2")
-    (folder / "train" / "cat" / "0.png").unlink()
+    (folder / change).rename(folder / Path(change).parent / "renamed.png")
     printed = refusal(capsys, "--resume", tmp_path / "run", "--steps", 4)
-    assert "photos are not those that the run" in printed
+    assert "photos are not those that the run was trained on" in printed
+    with pytest.raises(SystemExit):
+        evaluate.main(evaluate.parse_args(["--run", str(tmp_path / "run")]))
+    assert "photos are not those that the run was trained on" in capsys.readouterr().err
+
+
+def test_run_goes_on_with_its_images_where_they_are_now(folder, tmp_path):
+    train(tmp_path / "run", f"--dataset={folder}", "--steps=2")
+    moved = folder.rename(tmp_path / "cats, $dogs$")
+    evaluate.main(evaluate.parse_args([f"--run={tmp_path / 'run'}", f"--data-dir={moved}"]))
+    for steps in (12, 14):
+        again = [f"--resume={tmp_path / 'run'}", f"--dataset={moved}", f"--steps={steps}"]
+        script.main(script.parse_args(again))
+    assert [row["step"] for row in rows(tmp_path / "run")] == ["2", "5", "10", "12", "14"]  # the comma costs no line
+
+
+def test_single_image_of_a_single_code_is_drawn(tmp_path):
+    for i in range(17):
+        save(tmp_path / "photos" / f"{i}.png", shape=(8, 8))
+    train(tmp_path / "run", f"--dataset={tmp_path / 'photos'}", "--steps=2", "--levels=2")
+    assert (tmp_path / "run" / "codebook.png").is_file()
 
 
 def test_bad_images_stop_the_run_before_anything_is_moved(capsys, folder, trained_run):
@@ -391,11 +415,11 @@ def test_bad_images_stop_the_run_before_anything_is_moved(capsys, folder, traine
 def test_run_whose_images_vanish_ends_with_one_line_and_a_checkpoint(folder, tmp_path):
     code = """if True:
         import shutil, sys, train
-        original = train.log
-        def log(*args):
-            original(*args)
+        original = train.write_metrics
+        def write_metrics(*args):
             shutil.rmtree(sys.argv[1])
-        train.log = log
+            return original(*args)
+        train.write_metrics = write_metrics
         train.main(train.parse_args(sys.argv[2:]))"""
     flags = [f"--dataset={folder}", f"--out-dir={tmp_path}", "--memory-limit=0", "--steps=99", "--save-every=5"]
     command = [sys.executable, "-c", code, folder, *SMALL, *flags]

@@ -1,0 +1,177 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from prior import Prior, generate, restrict
+
+K = 16
+GRIDS = [[(3, 3)], [(2, 4)], [(1, 2), (2, 4)]]
+
+
+@pytest.fixture(params=GRIDS, ids=str)
+def prior(request):
+    torch.manual_seed(0)
+    prior = Prior(K, request.param, classes=3, width=16, depth=2, heads=2).eval()
+    for parameter in prior.parameters():  # all of it far from zero, biases too, so that nothing is hidden by chance
+        torch.nn.init.normal_(parameter, std=0.5)
+    return prior
+
+
+def some_codes(prior, n=5):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(K, (n, prior.length), generator=generator), torch.randint(4, (n,), generator=generator)
+
+
+def test_each_code_is_predicted_from_those_before_it_alone(prior):
+    codes, labels = some_codes(prior)
+    logits = prior(codes, labels)
+    assert logits.shape == (5, prior.length, K)
+    for position in range(prior.length):
+        changed = codes.clone()
+        changed[:, position] = (changed[:, position] + 1) % K
+        after = prior(changed, labels)
+        assert torch.equal(after[:, : position + 1], logits[:, : position + 1])
+        later = (after[:, position + 1 :] != logits[:, position + 1 :]).flatten(2).any(-1)
+        assert later.all()  # each of them has seen it
+
+
+def test_stays_causal_when_trained(prior):
+    codes, labels = some_codes(prior)
+    optimizer = torch.optim.Adam(prior.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(prior(codes, labels).flatten(0, 1), codes.flatten()).backward()
+        optimizer.step()
+    logits = prior(codes, labels)
+    for position in range(prior.length):
+        changed = codes.clone()
+        changed[:, position] = (changed[:, position] + 1) % K
+        assert torch.equal(prior(changed, labels)[:, : position + 1], logits[:, : position + 1])
+
+
+def test_every_code_depends_on_the_label(prior):
+    codes, labels = some_codes(prior)
+    assert (prior(codes, labels) != prior(codes, (labels + 1) % 4)).flatten(2).any(-1).all()
+
+
+def test_images_of_a_batch_do_not_depend_on_each_other(prior):
+    codes, labels = some_codes(prior)
+    alone = torch.cat([prior(codes[i : i + 1], labels[i : i + 1]) for i in range(len(codes))])
+    torch.testing.assert_close(prior(codes, labels), alone, rtol=0, atol=1e-4)
+
+
+def test_cached_steps_give_the_logits_of_the_whole(prior):
+    codes, labels = some_codes(prior)
+    caches, before, steps = prior.caches(len(codes)), labels, []
+    for at in range(prior.length):
+        steps.append(prior.step(before, at, caches))
+        before = codes[:, at]
+    torch.testing.assert_close(torch.stack(steps, 1), prior(codes, labels), rtol=0, atol=1e-4)
+
+
+def test_levels_have_embeddings_and_heads_of_their_own():
+    assert torch.equal(Prior(4, [(1, 2), (2, 4)], 0).level_at, torch.tensor([0] * 2 + [1] * 8))
+    one, two = Prior(4, [(2, 2)], 0, width=8), Prior(4, [(1, 1), (2, 2)], 0, width=8)
+    grown = sum(p.numel() for p in two.parameters()) - sum(p.numel() for p in one.parameters())
+    assert grown == 4 * 8 + (4 * 8 + 4) + 8 + 8  # codes, head, level, one position more
+
+
+def test_blocks_share_no_weights():
+    sizes = [sum(p.numel() for p in Prior(4, [(2, 2)], 2, width=8, depth=depth).parameters()) for depth in (1, 2, 3)]
+    assert sizes[2] - sizes[1] == sizes[1] - sizes[0] > 12 * 8 * 8
+
+
+def test_learns_four_sequences_by_heart_and_draws_each_for_its_class():
+    torch.manual_seed(0)
+    prior = Prior(K, [(3, 3)], classes=4, width=32, depth=2, heads=2)
+    codes, labels = torch.randint(K, (4, 9)), torch.arange(4)
+    optimizer = torch.optim.Adam(prior.parameters(), lr=1e-2)
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(prior(codes, labels).flatten(0, 1), codes.flatten())
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.01
+    assert torch.equal(generate(prior.eval(), labels), codes)
+    assert torch.equal(generate(prior, labels.flip(0)), codes.flip(0))
+
+
+def likeliest(prior, labels, logits_of):
+    """Draw greedily without caches: the whole sequence again for each code."""
+    codes = torch.zeros(len(labels), prior.length, dtype=torch.int64)
+    for at in range(prior.length):
+        codes[:, at] = logits_of(codes)[:, at].argmax(-1)
+    return codes
+
+
+def test_temperature_near_zero_takes_the_likeliest_code(prior):
+    labels = torch.tensor([0, 1, 2, 3])
+    assert torch.equal(generate(prior, labels, temperature=1e-6), likeliest(prior, labels, lambda c: prior(c, labels)))
+
+
+def test_top_k_of_one_takes_the_likeliest_code(prior):
+    labels = torch.tensor([0, 1, 2, 3])
+    assert torch.equal(generate(prior, labels, top_k=1), generate(prior, labels, temperature=1e-6))
+
+
+@pytest.mark.parametrize("guidance", [0.0, 0.5, 3.0])
+def test_guidance_goes_from_any_class_to_the_asked_one_and_beyond(prior, guidance):
+    labels = torch.tensor([0, 1, 2])
+    any_class = torch.full_like(labels, 3)
+
+    def guided(codes):
+        return (1 - guidance) * prior(codes, any_class) + guidance * prior(codes, labels)
+
+    drawn = generate(prior, labels, guidance=guidance, temperature=1e-6)
+    assert torch.equal(drawn, likeliest(prior, labels, guided))
+
+
+def test_given_codes_are_kept_and_gone_on_from(prior):
+    codes, labels = some_codes(prior)
+    drawn = generate(prior, labels, given=codes[:, :4], temperature=1e-6)
+    assert torch.equal(drawn[:, :4], codes[:, :4])
+    next_code = prior(drawn, labels)[:, 4].argmax(-1)
+    assert torch.equal(drawn[:, 4], next_code)
+    assert torch.equal(generate(prior, labels, given=codes), codes)
+
+
+def test_codes_are_drawn_as_often_as_their_probability(prior):
+    labels = torch.zeros(20_000, dtype=torch.int64)
+    drawn = generate(prior, labels, generator=torch.Generator().manual_seed(0))
+    share = torch.bincount(drawn[:, 0], minlength=K) / len(labels)
+    expected = prior(drawn[:1], labels[:1])[0, 0].softmax(-1)
+    torch.testing.assert_close(share, expected, rtol=0, atol=0.015)
+
+
+def test_a_seed_fixes_what_is_drawn(prior):
+    labels = torch.arange(4).repeat(8)
+    a, b, c = (generate(prior, labels, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+@pytest.mark.parametrize("temperature", [0, -1, float("nan")])
+def test_temperature_must_be_above_zero(prior, temperature):
+    with pytest.raises(ValueError, match=f"temperature is {temperature}, but must be above 0"):
+        generate(prior, torch.tensor([0]), temperature=temperature)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1e-320}, {"temperature": 1e30}, {"top_p": 1e-320}])
+def test_extreme_options_draw_codes_still(prior, options):
+    assert generate(prior, torch.tensor([0, 1]), **options).max() < K
+
+
+@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (3, 1.0), (0, 0.7), (0, 1e-9), (4, 0.5), (K, 0.999)])
+def test_only_the_likeliest_codes_are_drawn_from(top_k, top_p):
+    logits = torch.randn(50, K, generator=torch.Generator().manual_seed(0))
+    for row, restricted in zip(logits, restrict(logits, top_k, top_p)):
+        kept = sorted(range(K), key=lambda code: -row[code])[: top_k or K]
+        share = row[kept].double().softmax(0)
+        kept = {code for i, code in enumerate(kept) if share[:i].sum() < top_p}
+        assert {code for code in range(K) if restricted[code] > -torch.inf} == kept
+        assert all(restricted[code] == row[code] for code in kept)
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ValueError, match="width is 10, but must be a multiple of heads, 4"):
+        Prior(K, [(2, 2)], 0, width=10, heads=4)
