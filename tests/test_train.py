@@ -266,7 +266,7 @@ def test_every_flag_has_its_help(capsys):
     for parse_args in (script.parse_args, evaluate.parse_args, train_prior.parse_args, sample.parse_args):
         with pytest.raises(SystemExit) as done:
             parse_args(["--help"])
-        printed = capsys.readouterr().out
+        printed = " ".join(capsys.readouterr().out.split())  # whose lines are broken by the terminal's width
         assert done.value.code == 0 and "None" not in printed.replace("(default: None)", "")
 
 
