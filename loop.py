@@ -78,11 +78,11 @@ def resumed_args(
     saved = checkpoint["args"] | {folder_flag: run, "resume": run}
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
-    for name, value in saved.items():
-        moved = name == "dataset" and value not in NAMES  # a folder, whose images must be the same
-        if not (name in RESUME_MAY_CHANGE or moved or getattr(args, name) == value):
-            flag = "--" + name.replace("_", "-")
-            parser.error(f"{flag} is {getattr(args, name)}, but the run in {run} has {value}; leave out {flag}")
+    for option, value in saved.items():
+        moved = option == "dataset" and value not in NAMES  # a folder, whose images must be the same
+        if not (option in RESUME_MAY_CHANGE or moved or getattr(args, option) == value):
+            flag = "--" + option.replace("_", "-")
+            parser.error(f"{flag} is {getattr(args, option)}, but the run in {run} has {value}; leave out {flag}")
     if checkpoint["progress"]["step"] >= args.steps:
         if saved["job"] and saved["job"] == job():
             sys.exit(0)  # a process died after the last step of a job

@@ -182,11 +182,10 @@ def main(args: argparse.Namespace):
             finish(folder, args, model, data, first_test_images, progress)
         return line
 
-    described = {"data": data.digest, "image_shape": image_shape}
-
     def save():
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": random_state(device)}
-        save_checkpoint(folder, state | {"args": vars(args), **described, "progress": progress})
+        state |= {"args": vars(args), "data": data.digest, "image_shape": image_shape, "progress": progress}
+        save_checkpoint(folder, state)
 
     with run_errors(folder, progress):
         if rank == 0:
