@@ -10,7 +10,8 @@ from collections.abc import Callable, Generator
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from checkpoint import CHECKPOINT, load_checkpoint
@@ -19,7 +20,7 @@ from process import job, number
 from quantizer import processes
 
 RESUME_MAY_CHANGE = {"steps", "save_every", "log_every", "data_dir", "device", "precision", "resume", "job"}
-RESUME_MAY_CHANGE |= {"memory_limit"}
+RESUME_MAY_CHANGE |= {"memory_limit", "compile"}
 
 
 def add_run_flags(parser: argparse.ArgumentParser, steps: int, batch_size: int, what: str):
@@ -46,6 +47,12 @@ def add_run_flags(parser: argparse.ArgumentParser, steps: int, batch_size: int, 
     devices, precisions = ("auto", "cuda", "mps", "cpu"), ("auto", "float32", "bfloat16")
     group.add_argument("--device", choices=devices, default="auto", help="auto: the first of these that is there")
     group.add_argument("--precision", choices=precisions, default="auto", help="of the network; auto: the faster one")
+    group.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="compile the network before the first step, which pays back in long runs",
+    )
 
 
 def parse_run(
@@ -88,6 +95,14 @@ def resumed_args(
             sys.exit(0)  # a process died after the last step of a job
         parser.error(f"the run in {run} has done its {checkpoint['progress']['step']} steps; give more with --steps")
     return args
+
+
+def wrapped(model: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
+    """Return what calls the model in training: in step with the other processes, and compiled if so asked."""
+    forward = DistributedDataParallel(model) if processes() > 1 else model
+    if args.compile:  # on a GPU into CUDA graphs, which start many small kernels together
+        forward = torch.compile(forward, mode="reduce-overhead" if device.type == "cuda" else None)
+    return forward
 
 
 def schedule(step: int, steps: int) -> float:

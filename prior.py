@@ -82,6 +82,20 @@ class Prior(nn.Module):
         level_at = [level for level, size in enumerate(self.sizes) for _ in range(size)]
         self.register_buffer("level_at", torch.tensor(level_at), persistent=False)  # (T,)
 
+    @torch.no_grad()
+    def start_from(self, codebooks: list[Tensor]):
+        """Start what stands for each code, where it comes in and goes out, from a random projection of the codebooks.
+
+        Args:
+            codebooks: (K, D) of each level. Codes that are near one another then look alike from the first step on.
+        """
+        for level, (codebook, head) in enumerate(zip(codebooks, self.heads)):
+            codes = codebook - codebook.mean(0)
+            projection = torch.randn(codes.shape[1], head.in_features, device=codes.device) / codes.shape[1] ** 0.5
+            weight = 0.05 * codes / codes.square().mean().sqrt().clamp(min=1e-6) @ projection
+            self.code.weight[level * self.codebook_size :][: self.codebook_size] = weight
+            head.weight.copy_(weight)
+
     def forward(self, codes: Tensor, labels: Tensor) -> Tensor:
         """Return the logits (B, T, K) of codes (B, T), each from the label and the codes before it."""
         x = torch.cat([self.label(labels)[:, None], self._embed(codes[:, :-1])], 1) + self._places()

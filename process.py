@@ -5,6 +5,7 @@ import atexit
 import contextlib
 import math
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -45,11 +46,11 @@ def fail(message: str, code: int):
     sys.exit(code)
 
 
-def pick_device(device: str = "auto", precision: str = "auto") -> tuple[torch.device, str]:
+def pick_device(device: str = "auto", precision: str = "auto", compile: bool = False) -> tuple[torch.device, str]:
     """Choose the fastest device, and bfloat16 where it has hardware for it; under torchrun, a GPU per process.
 
     Raises:
-        ValueError: the device asked for is not there.
+        ValueError: the device asked for is not there, or no C++ compiler, without which a CPU cannot `compile`.
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
@@ -67,6 +68,8 @@ def pick_device(device: str = "auto", precision: str = "auto") -> tuple[torch.de
         fast_bfloat16 = has.get("avx512_bf16") or has.get("amx_bf16")
     else:
         fast_bfloat16 = False
+    if compile and device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        raise ValueError("--compile needs a C++ compiler: install g++, name another by CXX, or leave it out")
     if precision == "auto":
         precision = "bfloat16" if fast_bfloat16 else "float32"
     return torch.device(device), precision

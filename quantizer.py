@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LOOKUP_ELEMENTS = 2**20  # distances held at once: 4 MiB of float32 stay in a processor's cache
+LOOKUP_BLOCK = 64  # codes whose least distance is found together
 KMEANS_ITERATIONS = 10
 
 
@@ -211,17 +212,22 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
     middle = codebook.mean(0)
     step = torch.exp2(largest(codebook - middle).clamp(min=1e-30).log2().ceil())
     middle = (middle / step).round() * step
-    z, codebook = z - middle, codebook - middle
+    codebook = codebook - middle
     half_square = codebook.square().sum(1) / 2
     # Matrix products round differently in their last, incomplete blocks; filled up, equal codes get equal distances.
-    filling = -len(codebook) % 64
+    filling = -len(codebook) % LOOKUP_BLOCK
     half_square, codebook = F.pad(half_square, (0, filling), value=torch.inf), F.pad(codebook, (0, 0, 0, filling))
     rows = max(1, min(len(z), LOOKUP_ELEMENTS // len(codebook)))
     distances = z.new_empty(rows, len(codebook))  # one buffer for all chunks
     indices = torch.empty(len(z), dtype=torch.int64, device=z.device)
+    row = torch.arange(rows, device=z.device)
     for chunk, chosen in zip(z.split(rows), indices.split(rows)):
-        torch.addmm(half_square, chunk, codebook.T, alpha=-1, out=distances[: len(chunk)])
-        torch.argmin(distances[: len(chunk)], 1, out=chosen)
+        n = len(chunk)
+        torch.addmm(half_square, chunk - middle, codebook.T, alpha=-1, out=distances[:n])
+        # The first block that holds the least distance, then where in it: argmin over a whole row is far slower.
+        blocks = distances[:n].unflatten(1, (-1, LOOKUP_BLOCK))
+        block = blocks.amin(2).argmin(1)
+        torch.add(blocks[row[:n], block].argmin(1), block, alpha=LOOKUP_BLOCK, out=chosen)
     return indices
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 import figures
 from checkpoint import (
@@ -33,7 +32,7 @@ from checkpoint import (
 )
 from data import NAMES, Dataset, Unavailable, batch_indices, batches, check_same, load_dataset, to_pixels
 from evaluate import evaluate
-from loop import add_run_flags, parse_run, train_loop
+from loop import add_run_flags, parse_run, train_loop, wrapped
 from model import LEVELS, VQVAE, build_model
 from process import (
     agree,
@@ -113,7 +112,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace):
     with user_errors():
         folder = writable_folder(args.out_dir)
-        device, args.precision = pick_device(args.device, args.precision)
+        device, args.precision = pick_device(args.device, args.precision, args.compile)
         rank, ranks = join_processes(device)
         agree(args.resume, "--resume")
         data = load_data(args, rank)
@@ -149,7 +148,7 @@ def main(args: argparse.Namespace):
         set_random_state(checkpoint["random"], device)
         progress = checkpoint["progress"]
     progress["sums"] = progress["sums"].to(device)
-    forward = DistributedDataParallel(model) if ranks > 1 else model
+    forward = wrapped(model, args, device)
     if rank == 0:
         where = f"{device.type} in {args.precision}" + (f", {ranks} processes" if ranks > 1 else "")
         print(f"training on {n:,} images of {data.name}, on {where}", flush=True)

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import figures
@@ -40,7 +39,7 @@ from checkpoint import (
     write_whole,
 )
 from data import batch_indices, batches, dataset_of, to_pixels
-from loop import add_run_flags, parse_run, train_loop
+from loop import add_run_flags, parse_run, train_loop, wrapped
 from model import VQVAE
 from prior import Prior, build_prior
 from process import (
@@ -76,8 +75,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--heads", type=positive, default=2, help="attention heads; they divide the width")
     group.add_argument("--dropout", type=number(float, 0, 1), default=0.1, help="share of channels dropped in training")
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--lr", type=rate, default=5e-3, help="highest learning rate of the blocks' matrices (Muon)")
-    group.add_argument("--embedding-lr", type=rate, default=3e-3, help="highest learning rate of all else (AdamW)")
+    group.add_argument("--lr", type=rate, default=1e-2, help="highest learning rate of the blocks' matrices (Muon)")
+    group.add_argument("--embedding-lr", type=rate, default=6e-3, help="highest learning rate of all else (AdamW)")
     group.add_argument("--weight-decay", type=rate, default=0.1, help="share of the learning rate that weights lose")
     add_run_flags(parser, steps=4000, batch_size=64, what="a run whose prior is")
     args = parse_run(parser, argv, folder_flag="run", name=PRIOR)
@@ -90,7 +89,7 @@ def main(args: argparse.Namespace):
     with user_errors():
         vqvae = load_checkpoint(args.run)
         folder = writable_folder(args.run)
-        device, args.precision = pick_device(args.device, args.precision)
+        device, args.precision = pick_device(args.device, args.precision, args.compile)
         rank, ranks = join_processes(device)
         agree(args.resume, "--resume")
         checkpoint = load_checkpoint(folder, PRIOR) if args.resume is not None else None
@@ -113,6 +112,7 @@ def main(args: argparse.Namespace):
             prepare_folder(folder, PRIOR_FILES)
     torch.manual_seed(args.seed)
     prior = build_prior(vars(args), shape).to(device).train()
+    prior.start_from([level.quantizer.codebook for level in model.levels])
     # Muon's orthogonal updates bring the blocks as far in a third of the steps that AdamW needs.
     matrices = [p for p in prior.blocks.parameters() if p.ndim == 2]
     others = [p for p in prior.parameters() if not any(p is matrix for matrix in matrices)]
@@ -138,7 +138,7 @@ def main(args: argparse.Namespace):
         set_random_state(checkpoint["random"], device)
         progress, best = checkpoint["progress"], checkpoint["best"]
     progress["sums"] = progress["sums"].to(device)
-    forward = DistributedDataParallel(prior) if ranks > 1 else prior
+    forward = wrapped(prior, args, device)
     if rank == 0:
         where = f"{device.type} in {args.precision}" + (f", {ranks} processes" if ranks > 1 else "")
         print(f"training on {n:,} images' {prior.length} codes each, on {where}", flush=True)

@@ -65,6 +65,13 @@ def test_ties_go_to_the_lowest_index():
     assert make(codebook, 5, 1)(z_e).indices.tolist() == [1, 1, 0, 3]
 
 
+def test_ties_go_to_the_lowest_index_among_many_codes_too():
+    few = torch.randn(90, 8)
+    codebook = few[torch.randint(90, (700,))]  # each code several times, near and far
+    z = torch.cat([codebook[torch.randperm(700)], torch.randn(300, 8)])
+    assert torch.equal(nearest_code(z, codebook), brute_force(z, codebook))
+
+
 def test_memory_layout_does_not_change_the_result():
     vq, z_e = make().eval(), torch.randn(3, 4, 5, 6)
     assert torch.equal(vq(z_e.contiguous(memory_format=torch.channels_last)).indices, vq(z_e).indices)
@@ -122,11 +129,15 @@ def test_z_q_has_the_dtype_of_z_e(dtype):
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("default")  # the compiler's own
-def test_compiled_indices_equal_eager_ones_for_channels_last_input():
-    vq = make(size=512, dim=64).eval()
-    z_e = torch.randn(4, 64, 7, 7).contiguous(memory_format=torch.channels_last)
-    out = torch.compile(vq)(z_e)
-    assert torch.equal(out.indices, vq(z_e).indices) and torch.equal(out.z_q, vq(z_e).z_q)
+@BOTH_WAYS
+def test_compiled_indices_equal_eager_ones_for_channels_last_input(ema):
+    eager, compiled = make(size=512, dim=64, ema=ema), make(size=512, dim=64, ema=ema)
+    call = torch.compile(compiled)
+    for _ in range(2):  # the second meets the codebook that the first has moved
+        z_e = torch.randn(4, 64, 7, 7).contiguous(memory_format=torch.channels_last)
+        out, expected = call(z_e), eager(z_e)
+        assert torch.equal(out.indices, expected.indices)
+        torch.testing.assert_close((out.z_q, compiled.codebook), (expected.z_q, eager.codebook))  # fused, rounded once
 
 
 # Gradients

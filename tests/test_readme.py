@@ -3,6 +3,7 @@ import shlex
 
 import pytest
 from conftest import ROOT
+from torch.distributed.run import get_args_parser as torchrun_parser
 
 import evaluate
 import sample
@@ -12,6 +13,7 @@ import train_prior
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 COMMANDS = [line for language, block in BLOCKS if language == "bash" for line in block.splitlines()]
+INLINE = [" ".join(code.split()) for code in re.findall(r"`((?:python|torchrun) [^`]+)`", README)]
 SCRIPTS = {"train.py": script, "evaluate.py": evaluate, "train_prior.py": train_prior, "sample.py": sample}
 
 
@@ -21,15 +23,21 @@ def test_first_screen_has_the_two_commands():
     assert f"{install} -r requirements-dev.txt && .venv/bin/python -m pytest" in COMMANDS
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python ")])
+@pytest.mark.parametrize("command", [c for c in COMMANDS + INLINE if c.startswith(("python ", "torchrun "))])
 def test_command_is_understood(command, generating_run):
-    name, *flags = shlex.split(command, comments=True)[1:]
+    program, *words = shlex.split(command, comments=True)
+    if program == "torchrun":
+        own = torchrun_parser().parse_args(words)
+        name, flags = own.training_script, own.training_script_args
+    else:
+        name, *flags = words
     flags = [str(generating_run) if flag == "results" else flag for flag in flags]
     if "--resume" in flags and "--steps" not in flags:
         flags += ["--steps", "99"]  # the run at hand has finished its own
-    if name in SCRIPTS:
+    if name in SCRIPTS and flags != ["--help"]:
         SCRIPTS[name].parse_args(flags)
-    assert (ROOT / name).is_file()
+    source = (ROOT / name).read_text()
+    assert name in SCRIPTS or all(f'"{flag}"' in source for flag in flags if flag.startswith("--"))
 
 
 @pytest.mark.parametrize("snippet", [block for language, block in BLOCKS if language == "python"])

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -202,6 +203,22 @@ def test_bad_flag_is_named_in_one_line(capsys, flag, value):
 def test_device_that_is_not_there_is_refused(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "--device cuda: this machine has" in refusal(capsys, "--device", "cuda", "--dataset", "digits")
+
+
+def test_compiling_without_a_compiler_is_refused(capsys, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "C++ compiler" in refusal(capsys, "--compile", "--device", "cpu", "--dataset", "digits")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs a C++ compiler")
+@pytest.mark.filterwarnings("default")  # the compiler's own
+def test_compiled_run_learns_what_an_eager_one_learns(tmp_path):
+    train(tmp_path / "eager", "--steps=10", "--precision=float32")
+    train(tmp_path / "compiled", "--steps=10", "--precision=float32", "--compile")
+    for eager, compiled in zip(rows(tmp_path / "eager"), rows(tmp_path / "compiled"), strict=True):
+        assert float(compiled["recon_loss"]) == pytest.approx(float(eager["recon_loss"]), rel=1e-3)
+        assert float(compiled["perplexity"]) == pytest.approx(float(eager["perplexity"]), rel=1e-2)
 
 
 def test_batch_larger_than_the_data_is_refused(capsys, tmp_path):

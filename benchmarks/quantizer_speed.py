@@ -1,0 +1,148 @@
+"""Forward and backward of the quantizer against two others: `python benchmarks/quantizer_speed.py`.
+
+Claim: `VectorQuantizer` takes the least time and memory of three, for N vectors, K codes of D dimensions, with either
+way of learning. The others are `VectorQuantize` of vector-quantize-pytorch (the version that requirements-dev.txt pins,
+squared Euclidean distance, with moving averages or a learnable codebook) and the textbook layer: all N x K distances,
+then one-hot vectors. All three are in train mode; what each does to its codebook there is part of its cost, k-means and
+revival aside.
+
+Each case is a process of its own in two threads: a warm-up, then the median of the repeats, of which there are more in
+2 s and fewer after 20 s. Memory is how far the peak of the process lies above what it had before the first call. A case
+is left out for the layers that write N x K values where three such matrices would not fit in the machine's memory.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+LAYERS = ("this", "vector-quantize-pytorch", "textbook")
+
+
+class Textbook(nn.Module):
+    """Distances to all codes, one-hot vectors, and their product with the codebook."""
+
+    def __init__(self, codebook_size: int, code_dim: int, ema: bool):
+        super().__init__()
+        self.codebook, self.ema = nn.Parameter(torch.randn(codebook_size, code_dim), requires_grad=not ema), ema
+        self.register_buffer("counts", torch.ones(codebook_size))
+        self.register_buffer("sums", self.codebook.detach().clone())
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        distances = z.square().sum(1, keepdim=True) + self.codebook.square().sum(1) - 2 * z @ self.codebook.T
+        one_hot = F.one_hot(distances.argmin(1), len(self.codebook)).to(z.dtype)
+        z_q = one_hot @ self.codebook
+        loss = 0.25 * F.mse_loss(z, z_q.detach())
+        if self.ema:
+            with torch.no_grad():
+                self.counts.lerp_(one_hot.sum(0), 0.01)
+                self.sums.lerp_(one_hot.T @ z, 0.01)
+                self.codebook.copy_(self.sums / self.counts.clamp(min=1e-5)[:, None])
+        else:
+            loss = loss + F.mse_loss(z_q, z.detach())
+        return z + (z_q - z).detach(), loss
+
+
+def make(layer: str, size: int, dim: int, ema: bool):
+    """Return a function from vectors (N, D) to their codes and the loss."""
+    if layer == "textbook":
+        return Textbook(size, dim, ema)
+    if layer == "this":
+        from quantizer import VectorQuantizer
+
+        vq = VectorQuantizer(size, dim, ema=ema, kmeans_start=False, revive_below=0)
+        nn.init.normal_(vq.codebook)
+
+        def call(z):
+            out = vq(z)
+            return out.z_q, out.codebook_loss + 0.25 * out.commitment_loss
+
+        return call
+    from vector_quantize_pytorch import VectorQuantize
+
+    vq = VectorQuantize(dim, size, decay=0.99, ema_update=ema, learnable_codebook=not ema)
+
+    def call(z):
+        z_q, _, loss = vq(z[None])
+        return z_q[0], loss.sum()
+
+    return call
+
+
+def measure(layer: str, n: int, size: int, dim: int, ema: bool, repeats: int) -> dict:
+    """Return the seconds of a forward and backward, and the MB that they take."""
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    call, z, weights = make(layer, size, dim, ema), torch.randn(n, dim, requires_grad=True), torch.randn(n, dim)
+    before, taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
+    while len(taken) <= repeats or sum(taken) < 2:
+        z.grad = None
+        began = time.perf_counter()
+        z_q, loss = call(z)
+        ((z_q * weights).sum() + loss).backward()
+        taken.append(time.perf_counter() - began)
+        if sum(taken) > 20:
+            break
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"seconds": statistics.median(taken[1:] or taken), "megabytes": (peak - before) / 1024}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=argparse.SUPPRESS)
+    parser.add_argument("--vectors", type=int, nargs="+", default=[6272, 65_536], help="N")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[512, 8192, 65_536], help="K")
+    parser.add_argument("--dims", type=int, nargs="+", default=[8, 64], help="D")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--case", help=argparse.SUPPRESS)  # what a process of its own measures
+    parser.add_argument("--out", type=Path, default=Path("results", "quantizer_speed.json"))
+    args = parser.parse_args()
+    if args.case:
+        print(json.dumps(measure(**json.loads(args.case), repeats=args.repeats)))
+        return
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    cpu = torch.cpu.get_capabilities().get("cpu_name", "CPU of unknown name")
+    print(f"{cpu}, 2 threads, torch {torch.__version__}; in brackets: times the seconds and the memory of this one")
+    print("| N | K | D | learns by | this | vector-quantize-pytorch | textbook |")
+    print("|---|---|---|---|---|---|---|")
+    rows = []
+    for n, size, dim in [(n, size, dim) for n in args.vectors for size in args.sizes for dim in args.dims]:
+        for ema in (False, True):
+            case, measured = {"n": n, "size": size, "dim": dim, "ema": ema}, {}
+            for layer in LAYERS:
+                if layer != "this" and 3 * 4 * n * size > there:
+                    continue
+                command = [sys.executable, __file__, "--case", json.dumps({"layer": layer} | case)]
+                done = subprocess.run([*command, "--repeats", str(args.repeats)], stdout=subprocess.PIPE, text=True)
+                if done.returncode == 0:  # else it was killed for its memory
+                    measured[layer] = json.loads(done.stdout.splitlines()[-1])
+            cells = [cell(measured.get(layer), measured["this"]) for layer in LAYERS]
+            print(f"| {n:,} | {size:,} | {dim} | {'EMA' if ema else 'loss'} | {' | '.join(cells)} |", flush=True)
+            rows += [case | {"layer": layer} | result for layer, result in measured.items()]
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def cell(result: dict | None, ours: dict) -> str:
+    if result is None:
+        return "does not fit"
+    text = "{seconds:.4f} s, {megabytes:,.0f} MB".format(**result)
+    if result is ours:
+        return text
+    memory = result["megabytes"] / max(ours["megabytes"], 1)
+    return f"{text} ({result['seconds'] / ours['seconds']:.1f}, {memory:.1f})"
+
+
+if __name__ == "__main__":
+    main()

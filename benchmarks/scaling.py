@@ -1,0 +1,83 @@
+"""What an image costs as the work grows, one axis at a time: `python benchmarks/scaling.py`.
+
+Claim: the cost of an image grows far slower than the codebook, shrinks with the batch, is proportional to the pixels,
+and per processor stays nearly the same with more processes.
+
+Each point is a run of train.py on the embedded digits, in two threads (one per process on the last axis); microseconds
+per image are the median over its log's intervals but the first and the last. Defaults: K = 512, batches of 32, 28x28,
+one process.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parent.parent
+AXES = {
+    "codebook size K": ("--codebook-size", [64, 512, 4096, 32_768]),
+    "images per step": ("--batch-size", [8, 32, 128, 512]),
+    "image size": ("--image-size", [28, 56, 112, 224]),
+    "processes": ("--nproc-per-node", [1, 2]),
+}
+LINES = 6  # of the log; the first is warm-up
+
+
+def microseconds_per_image(flag: str, value: int) -> float:
+    batch_size = value if flag == "--batch-size" else 32
+    every = max(1, 3200 // batch_size) if flag != "--image-size" else max(1, 100 * 28**2 // value**2)
+    processes = value if flag == "--nproc-per-node" else 1
+    with tempfile.TemporaryDirectory() as folder:
+        steps = LINES * every
+        flags = ["--dataset=digits", f"--out-dir={folder}", f"--steps={steps}", f"--save-every={steps}"]
+        flags += [f"--log-every={every}", "--downsample=4"] + ([f"{flag}={value}"] if processes == 1 else [])
+        start = [sys.executable, "-u"]
+        if processes > 1:
+            start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        environment = os.environ | {"OMP_NUM_THREADS": str(2 // processes), "PYTHONUNBUFFERED": "1"}
+        command = [*start, ROOT / "train.py", *flags]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+            times = [time.perf_counter() for line in process.stdout if line.startswith("step ")]
+    between = [b - a for a, b in zip(times[:-2], times[1:-1])]
+    return 1e6 * statistics.median(between) / (every * batch_size)
+
+
+def plot(path: Path, measured: dict[str, dict[int, float]]):
+    figure = Figure(figsize=(11, 3.2), dpi=110, layout="constrained")
+    axes = figure.subplots(1, len(measured), sharey=True)
+    for ax, (name, points) in zip(axes, measured.items()):
+        ax.plot(points.keys(), points.values(), marker="o")
+        ax.set(xlabel=name, xscale="log", yscale="log")
+        ax.set_xticks(list(points), labels=[f"{value:,}" for value in points])
+        ax.minorticks_off()
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("microseconds per image")
+    figure.savefig(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=argparse.SUPPRESS)
+    parser.add_argument("--out-dir", type=Path, default=Path("results"))
+    args = parser.parse_args()
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    cpu = torch.cpu.get_capabilities().get("cpu_name", "CPU of unknown name")
+    print(f"{cpu}, 2 threads, torch {torch.__version__}")
+    measured = {}
+    for name, (flag, values) in AXES.items():
+        measured[name] = {value: microseconds_per_image(flag, value) for value in values}
+        shown = ", ".join(f"{value:,}: {cost:,.0f}" for value, cost in measured[name].items())
+        print(f"microseconds per image by {name}: {shown}", flush=True)
+    (args.out_dir / "scaling.json").write_text(json.dumps(measured, indent=2) + "\n")
+    plot(args.out_dir / "scaling.png", measured)
+
+
+if __name__ == "__main__":
+    main()
