@@ -53,16 +53,16 @@ def save_curves(path: Path, metrics: Path, title: str):
     with open(metrics, newline="") as file:
         rows = list(csv.DictReader(file))
 
-    figure = Figure(figsize=(13, 3.8), dpi=110, layout="constrained")
+    figure = Figure(figsize=(13, 3.8), dpi=110)
     losses, test, codes = figure.subplots(1, 3)
+    # A constrained layout would draw everything twice.
+    figure.subplots_adjust(left=0.06, right=0.99, bottom=0.13, top=0.84, wspace=0.28)
     plot_columns(losses, rows, "recon_loss")
     plot_columns(losses, rows, "codebook_loss")
     plot_columns(losses, rows, "commitment_loss", linestyle="--")  # it lies on the codebook loss
     losses.set(title="training losses (unweighted)", yscale="log")
-    plot_columns(
-        test, rows, "test_mse", marker="o", color="tab:red", label="test MSE of the first 1,000, pixels in [0, 1]"
-    )
-    test.set(title="reconstruction of held-out images", yscale="log")
+    plot_columns(test, rows, "test_mse", marker="o", color="tab:red", label="of the first 1,000 test images")
+    test.set(title="test MSE, pixels in [0, 1]", yscale="log")
     plot_columns(codes, rows, "codes_used")
     plot_columns(codes, rows, "perplexity")
     codes.set(title="codebook, per logged interval", ylim=(0, None))

@@ -2,19 +2,20 @@
 
 Claim: `VectorQuantizer` takes the least time and memory of three, for N vectors, K codes of D dimensions, with either
 way of learning. The others are `VectorQuantize` of vector-quantize-pytorch (the version that requirements-dev.txt pins,
-squared Euclidean distance, with moving averages or a learnable codebook) and the textbook layer: all N x K distances,
-then one-hot vectors. All three are in train mode; what each does to its codebook there is part of its cost, k-means and
-revival aside.
+squared Euclidean distance, straight-through gradient, with moving averages or a learnable codebook) and the textbook
+layer: all N x K distances, then one-hot vectors. All three are in train mode; what each does to its codebook there is
+part of its cost, k-means and revival aside.
 
 Each case is a process of its own in two threads: a warm-up, then the median of the repeats, of which there are more in
-2 s and fewer after 20 s. Memory is how far the peak of the process lies above what it had before the first call. A case
-is left out for the layers that write N x K values where three such matrices would not fit in the machine's memory.
+2 s and fewer after 10 s. Memory is how far the peak of the process lies above its peak before the first call. A case is
+left out for the layers that write N x K values where three such matrices would not fit in the machine's memory.
 """
 
 import argparse
 import json
 import os
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -72,7 +73,7 @@ def make(layer: str, size: int, dim: int, ema: bool):
         return call
     from vector_quantize_pytorch import VectorQuantize
 
-    vq = VectorQuantize(dim, size, decay=0.99, ema_update=ema, learnable_codebook=not ema)
+    vq = VectorQuantize(dim, size, decay=0.99, ema_update=ema, learnable_codebook=not ema, rotation_trick=False)
 
     def call(z):
         z_q, _, loss = vq(z[None])
@@ -93,10 +94,10 @@ def measure(layer: str, n: int, size: int, dim: int, ema: bool, repeats: int) ->
         z_q, loss = call(z)
         ((z_q * weights).sum() + loss).backward()
         taken.append(time.perf_counter() - began)
-        if sum(taken) > 20:
+        if len(taken) > 1 and sum(taken) > 10:
             break
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": statistics.median(taken[1:] or taken), "megabytes": (peak - before) / 1024}
+    return {"seconds": statistics.median(taken[1:]), "megabytes": (peak - before) / 1024}
 
 
 def main():
@@ -125,7 +126,8 @@ def main():
                     continue
                 command = [sys.executable, __file__, "--case", json.dumps({"layer": layer} | case)]
                 done = subprocess.run([*command, "--repeats", str(args.repeats)], stdout=subprocess.PIPE, text=True)
-                if done.returncode == 0:  # else it was killed for its memory
+                if done.returncode != -signal.SIGKILL:  # by which the system ends what takes too much memory
+                    done.check_returncode()
                     measured[layer] = json.loads(done.stdout.splitlines()[-1])
             cells = [cell(measured.get(layer), measured["this"]) for layer in LAYERS]
             print(f"| {n:,} | {size:,} | {dim} | {'EMA' if ema else 'loss'} | {' | '.join(cells)} |", flush=True)

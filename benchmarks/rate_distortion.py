@@ -51,6 +51,7 @@ def plot(path: Path, rows: list[dict]):
     ax.plot(KERAS["nats"], KERAS["mse"], "s", color="tab:red", label="Keras example, K = 128")
     ax.set(title="MNIST: what an image costs, and what comes back", yscale="log")
     ax.set(xlabel="nats per test image, by the prior", ylabel="test MSE, pixels in [0, 1]")
+    ax.margins(x=0.12)  # room for the last label
     ax.grid(alpha=0.3, which="both")
     ax.legend()
     figure.savefig(path)

@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 
@@ -119,3 +121,24 @@ def test_all_parameters_learn(levels):
     x_recon, quantized = model(torch.rand(4, 1, 28, 28))
     (x_recon.square().mean() + sum(level.codebook_loss + level.commitment_loss for level in quantized)).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("default")  # the compiler's own
+def test_compiled_model_takes_the_steps_of_the_eager_one():
+    models, x = [], torch.rand(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(VQVAE(1, (28, 28), codebook_size=32, code_dim=8, width=8, blocks=1))
+    calls = models[0], torch.compile(models[1])
+    for step in range(3):
+        indices = []
+        for model, call in zip(models, calls):
+            torch.manual_seed(step)  # of the start from k-means
+            x_recon, (level,) = call(x)
+            model.zero_grad()
+            ((x_recon - x).square().mean() + level.codebook_loss + 0.25 * level.commitment_loss).backward()
+            torch.optim.SGD(model.parameters(), lr=0.1).step()
+            indices.append(level.indices)
+        assert torch.equal(*indices)
+    torch.testing.assert_close(list(models[1].parameters()), list(models[0].parameters()))

@@ -35,6 +35,17 @@ def test_each_code_is_predicted_from_those_before_it_alone(prior):
         assert later.all()  # each of them has seen it
 
 
+def test_codes_that_are_near_one_another_start_alike_at_every_level():
+    torch.manual_seed(0)
+    prior, codebooks = Prior(K, [(1, 2), (2, 4)], classes=3, width=256), [torch.randn(K, 8), 5 + 3 * torch.randn(K, 4)]
+    prior.start_from(codebooks)
+    for codebook, coming_in, head in zip(codebooks, prior.code.weight.split(K), prior.heads):
+        expected = torch.pdist(codebook)
+        for weight in (coming_in, head.weight):  # a random projection keeps distances, but for their scale
+            assert torch.corrcoef(torch.stack([torch.pdist(weight), expected]))[0, 1] > 0.9
+            assert weight.std().item() == pytest.approx(0.05, rel=0.2)
+
+
 def test_stays_causal_when_trained(prior):
     codes, labels = some_codes(prior)
     optimizer = torch.optim.Adam(prior.parameters(), lr=0.1)
