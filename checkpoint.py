@@ -27,9 +27,9 @@ CONTENTS = {
     PRIOR: {"format", "args", "shape", "model", "best", "vqvae", "optimizer", "progress", "random"},
 }
 PRIOR_FILES = ("prior*.pt", "prior_metrics.csv", "prior_curves.png", "prior_summary.json", "samples*.png")
-PRIOR_FILES += ("completed.png", "neighbours.png")
-RUN_FILES = ("checkpoint*.pt", "metrics.csv", "*.json", "curves.png", "codebook.png", "recon_*.png", "codes.pt")
-RUN_FILES += PRIOR_FILES
+PRIOR_FILES += ("completed.png", "neighbours.png", "generation.json")
+RUN_FILES = ("checkpoint*.pt", "metrics.csv", "summary.json", "evaluation.json", "curves.png", "codebook.png")
+RUN_FILES += ("recon_*.png", "codes.pt", *PRIOR_FILES)
 
 
 def writable_folder(path: str | Path) -> Path:
@@ -220,4 +220,5 @@ def run_errors(folder: Path, progress: dict, name: str = CHECKPOINT):
 
 
 def resume_command(folder: Path, name: str) -> str:
-    return f"{'python' if processes() == 1 else 'torchrun ...'} {SCRIPTS[name]} --resume {folder}"
+    start = "python" if processes() == 1 else "torchrun ..."
+    return f"{start} {SCRIPTS[name]} --resume {shlex.quote(str(folder))}"

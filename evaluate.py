@@ -20,7 +20,7 @@ from quantizer import perplexity
 
 
 @torch.inference_mode()
-def evaluate(model: VQVAE, images: Images, batch_size: int = 250) -> tuple[dict[str, float], list[Tensor]]:
+def evaluate(model: VQVAE, images: Images, batch_size: int = 100) -> tuple[dict[str, float], list[Tensor]]:
     """Reconstruct uint8 images (N, C, H, W) in float32; the figures are over all of them, whatever the batch size.
 
     Returns:

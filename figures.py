@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 from torch import Tensor
 from torchvision.utils import make_grid
 
-WIDTH = 10  # inches that a row of images takes, at 100 dots each
+WIDTH = 1000  # dots that a picture of images takes, more or less
 ROWS = 8  # of originals, and of what was made of them
 SAMPLES = 20  # rows and columns that a picture of samples has at most
 
@@ -31,19 +32,33 @@ def save_reconstructions(path: Path, rows: dict[str, Tensor], title: str):
 
     Images that would make more than ROWS rows are left out.
     """
-    height, width = next(iter(rows.values())).shape[-2:]
-    columns = images_per_row(width)
+    columns = images_per_row(next(iter(rows.values())).shape[-1])
     groups = list(zip(*(images[: columns * (ROWS // len(rows))].split(columns) for images in rows.values())))
-    row_inches = WIDTH / columns * height / width
-    size = len(groups) * len(rows) * (row_inches + 0.04)
-    figure = Figure(figsize=(WIDTH + 1.2, 0.4 + size), dpi=100)
-    axes = figure.subplots(len(groups) * len(rows), squeeze=False)[:, 0]
-    figure.subplots_adjust(left=0.1, right=0.995, bottom=0.01, top=1 - 0.35 / figure.get_figheight(), hspace=0.04)
-    for ax, name, row in zip(axes, itertools.cycle(rows), itertools.chain(*groups)):
-        grid = make_grid(row.cpu(), nrow=columns, padding=1, pad_value=0.5)
-        ax.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
-        ax.set_ylabel(name, rotation=0, ha="right", va="center")
-        ax.set(xticks=[], yticks=[])
+    save_grid(path, list(itertools.chain(*groups)), title, list(rows) * len(groups))
+
+
+def save_samples(path: Path, rows: Sequence[Tensor], title: str):
+    """Draw rows of images (n, C, H, W) uint8, as far as the picture stays readable."""
+    save_grid(path, [row[:SAMPLES] for row in rows[:SAMPLES]], title)
+
+
+def save_grid(path: Path, rows: list[Tensor], title: str, names: Sequence[str] = ()):
+    """Draw rows of images (n, C, H, W), uint8 or in [0, 1], with the name of each row before it if there are names."""
+    columns = max(len(row) for row in rows)
+    grey = 0.5 if rows[0].is_floating_point() else 128
+    filled = [F.pad(row.cpu(), (0, 0) * 3 + (0, columns - len(row)), value=grey) for row in rows]
+    grid = make_grid(torch.cat(filled), nrow=columns, padding=1, pad_value=grey).permute(1, 2, 0)  # (H, W, 3)
+    dots = min(2 * WIDTH / grid.shape[1], max(1, round(WIDTH / max(grid.shape))))  # a pixel's; if large, less than one
+    height, width = (dots * length / 100 for length in grid.shape[:2])  # inches
+    left, top = 1.2 * bool(names), 0.4
+    size = max(left + width, 0.1 * len(title)), height + top
+    figure = Figure(figsize=size, dpi=100)
+    ax = figure.add_axes((left / size[0], 0, width / size[0], height / size[1]))
+    ax.imshow(grid.numpy(), interpolation="nearest", aspect="auto")
+    ax.set(frame_on=False, xticks=[])
+    middles = (np.arange(len(rows)) + 0.5) * (len(grid) - 1) / len(rows)
+    ax.set_yticks(middles[: len(names)], names)
+    ax.tick_params(length=0)
     figure.suptitle(title, y=1 - 0.05 / figure.get_figheight(), va="top", parse_math=False)
     figure.savefig(path)
 
@@ -60,12 +75,16 @@ def save_curves(path: Path, metrics: Path, title: str):
     plot_columns(losses, rows, "recon_loss")
     plot_columns(losses, rows, "codebook_loss")
     plot_columns(losses, rows, "commitment_loss", linestyle="--")  # it lies on the codebook loss
-    losses.set(title="training losses (unweighted)", yscale="log")
     plot_columns(test, rows, "test_mse", marker="o", color="tab:red", label="of the first 1,000 test images")
-    test.set(title="test MSE, pixels in [0, 1]", yscale="log")
     plot_columns(codes, rows, "codes_used")
     plot_columns(codes, rows, "perplexity")
-    codes.set(title="codebook, per logged interval", ylim=(0, None))
+    losses.set(yscale="log")
+    test.set(yscale="log")
+    codes.set(ylim=(0, None))
+    # At a given height: to look for room among the labels would take as long as drawing them.
+    losses.set_title("training losses (unweighted)", y=1)
+    test.set_title("test MSE, pixels in [0, 1]", y=1)
+    codes.set_title("codebook, per logged interval", y=1)
     for ax in (losses, test, codes):
         ax.set_xlabel("step")
         ax.grid(alpha=0.3, which="both")
@@ -132,20 +151,4 @@ def save_prior_curves(path: Path, metrics: Path, best_step: int):
     ax.set(title="cross-entropy of a code", xlabel="step", ylabel="nats per code")
     ax.grid(alpha=0.3)
     ax.legend()
-    figure.savefig(path)
-
-
-def save_samples(path: Path, rows: Sequence[Tensor], title: str):
-    """Draw rows of images (n, C, H, W) uint8, as far as the picture stays readable."""
-    rows = [row[:SAMPLES].cpu() for row in rows[:SAMPLES]]
-    columns = max(len(row) for row in rows)
-    filled = [torch.cat([row, row.new_full((columns - len(row), *row.shape[1:]), 128)]) for row in rows]
-    grid = make_grid(torch.cat(filled), nrow=columns, padding=1, pad_value=128)
-    height, width = grid.shape[1:]
-    scale = max(1, round(900 / width))
-    figure = Figure(figsize=(width * scale / 100, height * scale / 100 + 0.4), dpi=100)
-    ax = figure.add_axes((0, 0, 1, height * scale / 100 / figure.get_figheight()))
-    ax.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
-    ax.axis("off")
-    figure.suptitle(title, y=1 - 0.05 / figure.get_figheight(), va="top", parse_math=False)
     figure.savefig(path)

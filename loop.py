@@ -6,7 +6,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from checkpoint import CHECKPOINT, load_checkpoint
-from data import NAMES
+from data import NAMES, batch_indices, batches
+from images import Images
 from process import job, number
 from quantizer import processes
 
@@ -97,6 +98,13 @@ def resumed_args(
     return args
 
 
+def check_batch_size(batch_size: int, images: int):
+    """Raise ValueError if a step's images are fewer than the processes, or more than there are."""
+    least = processes()
+    if not least <= batch_size <= images:
+        raise ValueError(f"--batch-size {batch_size} is not from {least} (processes) to {images} (training images)")
+
+
 def wrapped(model: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
     """Return what calls the model in training: in step with the other processes, and compiled if so asked."""
     forward = DistributedDataParallel(model) if processes() > 1 else model
@@ -117,7 +125,8 @@ def train_loop(
     progress: dict,
     groups: list[dict],
     signals: list[int],
-    batches: Generator[Tensor, None, None],
+    images: Images,
+    device: torch.device,
     update: Callable[[Tensor], Tensor],
     log: Callable[[bool], str],
     save: Callable[[], None],
@@ -128,7 +137,7 @@ def train_loop(
         resume: the command to go on with.
         progress: the `step` that is done, the `seconds` it took, the step last `logged` and the `sums` since then.
         groups: of parameters, those of all optimisers; "initial_lr" is the highest learning rate of each.
-        batches: one for each step that is left; closed at the end, and with it what decodes them ahead.
+        images: of the training set, or what else stands for them; each rank takes its share of a step's.
         update: takes a batch, makes a step of the optimiser, and returns what to add up over steps and processes.
         log: writes the metrics since the last log and, if its argument says that the run saves here, its pictures;
             returns the line to show. Called where all `sums` are finite, by rank 0.
@@ -138,9 +147,11 @@ def train_loop(
     hidden = rank > 0 or not (sys.stderr.isatty() and sys.stdout.isatty())
     bar = tqdm(total=args.steps, initial=progress["step"], disable=hidden, dynamic_ncols=True)
     began = time.perf_counter() - progress["seconds"]
-    steps = range(progress["step"] + 1, args.steps + 1)
-    with contextlib.closing(bar), contextlib.closing(batches):
-        for step, batch in zip(steps, batches):
+    steps = range(progress["step"], args.steps)
+    order = (batch_indices(len(images), args.batch_size, args.seed, step).tensor_split(ranks)[rank] for step in steps)
+    stream = batches(images, order, device)
+    with contextlib.closing(bar), contextlib.closing(stream):  # or images are still decoded ahead
+        for step, batch in enumerate(stream, progress["step"] + 1):
             for group in groups:
                 group["lr"] = group["initial_lr"] * schedule(step, args.steps)
             sums = update(batch)

@@ -1,11 +1,12 @@
 """Draw new images from a trained VQ-VAE and its prior: `python sample.py --run results`."""
 
 import argparse
+import shlex
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torchvision.utils import save_image
+from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 import figures
@@ -29,9 +30,8 @@ def load_run(run: str | Path, device: torch.device | str = "cpu") -> tuple[VQVAE
     """
     vqvae, trained = load_checkpoint(run), load_checkpoint(run, PRIOR)
     if trained["vqvae"] != digest_of(run):
-        raise ValueError(
-            f"the prior in {run} is that of another VQ-VAE; train it anew: python train_prior.py --run {run}"
-        )
+        remedy = shlex.join(["python", "train_prior.py", "--run", str(run)])
+        raise ValueError(f"the prior in {run} is that of another VQ-VAE; train it anew: {remedy}")
     prior = build_prior(trained["args"], trained["shape"])
     prior.load_state_dict(trained["best"]["model"])
     return load_model(vqvae, device), prior.to(device).eval()
@@ -56,7 +56,7 @@ def sample(
 def labels_of(prior: Prior, num: int | None = None, classes: list[int] | None = None) -> Tensor:
     """Return the labels (num,) of images of these classes, as many of each as can be, one class after another."""
     wanted = list(range(max(1, prior.classes))) if classes is None else classes
-    if classes is not None and not 0 <= min(wanted) <= max(wanted) < prior.classes:
+    if classes is not None and not (wanted and 0 <= min(wanted) <= max(wanted) < prior.classes):
         raise ValueError(f"--classes {wanted}: the prior was trained on {prior.classes} classes, from 0 on")
     if num is None:
         num = PER_CLASS * (len(wanted) if prior.classes else PER_CLASS)
@@ -159,10 +159,11 @@ def main(args: argparse.Namespace):
         else:
             labels = labels_of(prior, args.num, args.classes)
             images = draw(model, prior, labels, **options)
-            rows = [images[labels == label] for label in labels.unique()] if prior.classes else images.split(PER_CLASS)
+            of_classes = [images[labels == label] for label in dict.fromkeys(labels.tolist())]
+            rows = of_classes if prior.classes else images.split(PER_CLASS)
             path, title = folder / "samples.png", "samples" + ", a row per class" * (prior.classes > 0)
         for i, image in enumerate(images if out else []):
-            save_image(image / 255, out / f"{i:05d}.png")
+            to_pil_image(image.cpu()).save(out / f"{i:05d}.png")  # grey images stay grey
         figures.save_samples(path, rows, title)
     print(f"wrote {path}" + (f" and {len(images):,} images in {out}" if out else ""))
 

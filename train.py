@@ -30,9 +30,9 @@ from checkpoint import (
     writable_folder,
     write_whole,
 )
-from data import NAMES, Dataset, Unavailable, batch_indices, batches, check_same, load_dataset, to_pixels
+from data import NAMES, Dataset, Unavailable, batches, check_same, load_dataset, to_pixels
 from evaluate import evaluate
-from loop import add_run_flags, parse_run, train_loop, wrapped
+from loop import add_run_flags, check_batch_size, parse_run, train_loop, wrapped
 from model import LEVELS, VQVAE, build_model
 from process import (
     agree,
@@ -116,9 +116,7 @@ def main(args: argparse.Namespace):
         rank, ranks = join_processes(device)
         agree(args.resume, "--resume")
         data = load_data(args, rank)
-        n = len(data.train_images)
-        if not ranks <= args.batch_size <= n:
-            raise ValueError(f"--batch-size {args.batch_size} is not from {ranks} (processes) to {n} (training images)")
+        check_batch_size(args.batch_size, len(data.train_images))
         image_shape = tuple(data.train_images.shape[1:])
         if args.downsample == "auto":
             args.downsample = 4 if args.levels > 1 or max(image_shape) <= 64 else 8
@@ -151,7 +149,7 @@ def main(args: argparse.Namespace):
     forward = wrapped(model, args, device)
     if rank == 0:
         where = f"{device.type} in {args.precision}" + (f", {ranks} processes" if ranks > 1 else "")
-        print(f"training on {n:,} images of {data.name}, on {where}", flush=True)
+        print(f"training on {len(data.train_images):,} images of {data.name}, on {where}", flush=True)
 
     def update(images: Tensor) -> Tensor:
         x = to_pixels(images, device)
@@ -173,12 +171,13 @@ def main(args: argparse.Namespace):
         return torch.cat([losses, *counts])
 
     def log(saving: bool) -> str:
+        began = time.perf_counter()
         test_mse = evaluate(model, first_test_images)[0]["test_mse"] if saving else None
         line = write_metrics(folder, args, progress, test_mse)
         if saving:
             save_pictures(folder, model, first_test_images, f"{data.name}, step {progress['step']:,}", progress["step"])
         if progress["step"] == args.steps:
-            finish(folder, args, model, data, first_test_images, progress)
+            finish(folder, args, model, data, first_test_images, progress, began)
         return line
 
     def save():
@@ -191,10 +190,8 @@ def main(args: argparse.Namespace):
             trim_metrics(folder / "metrics.csv", columns(args.levels), progress["step"])
             if not checkpoint:
                 save()  # so that there is something to resume from the first step on
-        steps = range(progress["step"], args.steps)
-        order = (batch_indices(n, args.batch_size, args.seed, step).tensor_split(ranks)[rank] for step in steps)
-        images, resume = batches(data.train_images, order, device), resume_command(folder, CHECKPOINT)
-        train_loop(args, resume, progress, optimizer.param_groups, signals, images, update, log, save)
+        resume, images = resume_command(folder, CHECKPOINT), data.train_images
+        train_loop(args, resume, progress, optimizer.param_groups, signals, images, device, update, log, save)
     if rank == 0:
         summary = json.loads((folder / "summary.json").read_text())
         used = " + ".join(str(summary["codes_used" + of]) for of in LEVELS[args.levels])
@@ -277,9 +274,16 @@ def save_pictures(folder: Path, model: VQVAE, images: Tensor, title: str, step: 
     figures.save_curves(folder / "curves.png", folder / "metrics.csv", title)
 
 
-def finish(folder: Path, args: argparse.Namespace, model: VQVAE, data: Dataset, images: Tensor, progress: dict):
-    """Measure the model on all test images, draw its codebooks, and write the summary."""
-    began = time.perf_counter()
+def finish(
+    folder: Path,
+    args: argparse.Namespace,
+    model: VQVAE,
+    data: Dataset,
+    images: Tensor,
+    progress: dict,
+    began: float,
+):
+    """Measure the model on all test images, draw its codebooks, and write the summary; the clock stood at `began`."""
     measured, counts = evaluate(model, data.test_images)
     with torch.inference_mode():
         z_e = model.z_e(to_pixels(images[:CODEBOOK_IMAGES], model.mean.device))

@@ -5,10 +5,13 @@ nats, that is, how many a code costs when it is predicted from those before it.
 """
 
 import argparse
+import contextlib
 import csv
+import functools
 import io
 import json
 import math
+import shlex
 import time
 from pathlib import Path
 
@@ -16,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import figures
@@ -38,8 +42,8 @@ from checkpoint import (
     writable_folder,
     write_whole,
 )
-from data import batch_indices, batches, dataset_of, to_pixels
-from loop import add_run_flags, parse_run, train_loop, wrapped
+from data import batches, dataset_of, to_pixels
+from loop import add_run_flags, check_batch_size, parse_run, train_loop, wrapped
 from model import VQVAE
 from prior import Prior, build_prior
 from process import (
@@ -78,7 +82,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--lr", type=rate, default=1e-2, help="highest learning rate of the blocks' matrices (Muon)")
     group.add_argument("--embedding-lr", type=rate, default=6e-3, help="highest learning rate of all else (AdamW)")
     group.add_argument("--weight-decay", type=rate, default=0.1, help="share of the learning rate that weights lose")
-    add_run_flags(parser, steps=4000, batch_size=64, what="a run whose prior is")
+    add_run_flags(parser, steps=4400, batch_size=64, what="a run whose prior is")
     args = parse_run(parser, argv, folder_flag="run", name=PRIOR)
     if args.width % args.heads:
         parser.error(f"--width {args.width} must be a multiple of --heads, {args.heads}")
@@ -102,9 +106,7 @@ def main(args: argparse.Namespace):
         if rank == 0:
             from_rank_0(None)
         train, held_out = held_out_split(codes["train"])
-        n = len(train)
-        if not ranks <= args.batch_size <= n:
-            raise ValueError(f"--batch-size {args.batch_size} is not from {ranks} (processes) to {n} (training images)")
+        check_batch_size(args.batch_size, len(train))
         shape = {"codebook_size": vqvae["args"]["codebook_size"], "grids": codes["grids"], "classes": codes["classes"]}
         check_memory(lambda: build_prior(vars(args), shape), device)
         signals = catch_signals()
@@ -112,7 +114,8 @@ def main(args: argparse.Namespace):
             prepare_folder(folder, PRIOR_FILES)
     torch.manual_seed(args.seed)
     prior = build_prior(vars(args), shape).to(device).train()
-    prior.start_from([level.quantizer.codebook for level in model.levels])
+    if not checkpoint:
+        prior.start_from([level.quantizer.codebook for level in model.levels])
     # Muon's orthogonal updates bring the blocks as far in a third of the steps that AdamW needs.
     matrices = [p for p in prior.blocks.parameters() if p.ndim == 2]
     others = [p for p in prior.parameters() if not any(p is matrix for matrix in matrices)]
@@ -139,15 +142,19 @@ def main(args: argparse.Namespace):
         progress, best = checkpoint["progress"], checkpoint["best"]
     progress["sums"] = progress["sums"].to(device)
     forward = wrapped(prior, args, device)
+    attention = contextlib.nullcontext
+    if device.type == "cpu" and args.precision == "bfloat16":  # where the fused kernel takes four times as long
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # despite its name on any device
+        attention = functools.partial(sdpa_kernel, SDPBackend.MATH)
     if rank == 0:
         where = f"{device.type} in {args.precision}" + (f", {ranks} processes" if ranks > 1 else "")
-        print(f"training on {n:,} images' {prior.length} codes each, on {where}", flush=True)
+        print(f"training on {len(train):,} images' {prior.length} codes each, on {where}", flush=True)
 
     def update(batch: Tensor) -> Tensor:
         labels, targets = batch[:, 0], batch[:, 1:]
         hidden = torch.rand(args.batch_size, device=device).tensor_split(ranks)[rank] < NO_CLASS
         labels = labels.where(~hidden, prior.classes)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bfloat16"):
+        with attention(), torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bfloat16"):
             logits = forward(targets, labels)
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
         share = len(batch) / args.batch_size  # 1, or what of the batch is on this rank
@@ -159,7 +166,7 @@ def main(args: argparse.Namespace):
         return loss.detach().view(1) * share
 
     def log(saving: bool) -> str:
-        step = progress["step"]
+        step, began = progress["step"], time.perf_counter()
         train_nats = progress["sums"].item() / (step - progress["logged"])
         held_out_nats = nats(prior, held_out) if saving else None
         with open(folder / "prior_metrics.csv", "a", newline="") as file:
@@ -175,7 +182,7 @@ def main(args: argparse.Namespace):
         samples = sample(model, prior, classes=shown, seed=args.seed).split(10)
         figures.save_samples(folder / f"samples_{step:06d}.png", samples, title)
         if step == args.steps:
-            finish(folder, args, prior, best, held_out, codes, progress)
+            finish(folder, args, prior, best, held_out, codes, progress, began)
         return f"{train_nats:.4f} nats per code, {held_out_nats:.4f} held out"
 
     def save():
@@ -192,16 +199,15 @@ def main(args: argparse.Namespace):
             trim_metrics(folder / "prior_metrics.csv", COLUMNS, progress["step"])
             if not checkpoint:
                 save()  # so that there is something to resume from the first step on
-        steps = range(progress["step"], args.steps)
-        order = (batch_indices(n, args.batch_size, args.seed, step).tensor_split(ranks)[rank] for step in steps)
-        rows, resume = batches(train, order, device), resume_command(folder, PRIOR)
+        resume = resume_command(folder, PRIOR)
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        train_loop(args, resume, progress, groups, signals, rows, update, log, save)
+        train_loop(args, resume, progress, groups, signals, train, device, update, log, save)
     if rank == 0:
         summary = json.loads((folder / "prior_summary.json").read_text())
+        draw = shlex.join(["python", "sample.py", "--run", str(folder)])
         print(
             f"{codes['dataset']}: {summary['test_nats_per_code']:.3f} nats per code of a test image without its class, "
-            f"{summary['test_bits_per_image']:.0f} bits in all; to draw new ones: python sample.py --run {folder}"
+            f"{summary['test_bits_per_image']:.0f} bits in all; to draw new ones: {draw}"
         )
 
 
@@ -226,7 +232,7 @@ def load_codes(folder: Path, model: VQVAE, vqvae: dict, data_dir: str | None) ->
         ("train", data.train_images, data.train_labels),
         ("test", data.test_images, data.test_labels),
     ):
-        order = torch.arange(len(images)).split(250)
+        order = torch.arange(len(images)).split(100)
         rows = []
         for batch in tqdm(batches(images, order, model.mean.device), f"encoding {split}", len(order), disable=None):
             indices = model.encode(to_pixels(batch, model.mean.device))
@@ -254,7 +260,7 @@ def nats(prior: Prior, rows: Tensor, any_class: bool = False) -> float:
     was_training = prior.training
     prior.eval()
     total = 0.0
-    for batch in rows.to(prior.level_at.device).split(250):
+    for batch in rows.to(prior.level_at.device).split(50):
         labels, codes = batch[:, 0], batch[:, 1:]
         logits = prior(codes, torch.full_like(labels, prior.classes) if any_class else labels)
         total += F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="sum").item()
@@ -263,10 +269,16 @@ def nats(prior: Prior, rows: Tensor, any_class: bool = False) -> float:
 
 
 def finish(
-    folder: Path, args: argparse.Namespace, prior: Prior, best: dict, held_out: Tensor, codes: dict, progress: dict
+    folder: Path,
+    args: argparse.Namespace,
+    prior: Prior,
+    best: dict,
+    held_out: Tensor,
+    codes: dict,
+    progress: dict,
+    began: float,
 ):
-    """Measure the best prior on the codes of the held-out and the test images, and write the summary."""
-    began = time.perf_counter()
+    """Measure the best prior on held-out and test images, and write the summary; the clock stood at `began`."""
     latest = {name: value.clone() for name, value in prior.state_dict().items()}
     prior.load_state_dict(best["model"])
     measured = {}

@@ -12,28 +12,17 @@ fed the same images from memory, and the pauses in which it is measured do not c
 
 import argparse
 import importlib.util
-import json
-import os
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import torch
+from machine import ROOT, heading, train, write_json
 
-ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data import batch_indices, load_dataset  # noqa: E402
 from quantizer import perplexity  # noqa: E402
-
-
-def train_ours(flags: list[str]) -> dict:
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, ROOT / "train.py", "--out-dir", folder, *flags]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "2"})
-        return json.loads(Path(folder, "summary.json").read_text())
 
 
 def train_peer(repository: Path, data, moments: list[float]) -> list[dict]:
@@ -82,19 +71,21 @@ def main():
     parser.add_argument("--data", required=True, help="folder of 32x32 RGB images")
     parser.add_argument("--peers", required=True, type=Path, help="folder that holds clones, each named by its owner")
     parser.add_argument("--steps", type=int, nargs="+", default=[2000, 4000, 10_000], help="lengths of our runs")
+    parser.add_argument("--out", type=Path, default=Path("results", "colour.json"))
     args = parser.parse_args()
     torch.set_num_threads(2)
     data = load_dataset(args.data)
-    ours = [train_ours(["--dataset", args.data, "--steps", str(steps)]) for steps in sorted(args.steps)]
+    ours = [train("--dataset", args.data, "--steps", steps) for steps in sorted(args.steps)]
     peers = train_peer(args.peers / "airalcorn2", data, [run["seconds"] for run in ours])
-    cpu = torch.cpu.get_capabilities().get("cpu_name", "CPU of unknown name")
-    print(f"{len(data.train_images):,} images, {cpu}, 2 threads, torch {torch.__version__}")
+    machine = heading(f"{len(data.train_images):,} images")
+    print(machine)
     print("| | steps | seconds | held-out MSE | PSNR dB | codes used | perplexity | MSE lower by |")
     print("|---|---|---|---|---|---|---|---|")
     row = "| {name} | {steps:,} | {seconds:.0f} | {test_mse:.5f} | {test_psnr:.2f} | {codes_used} | {perplexity:.0f} |"
     for our, peer in zip(ours, peers):
         print(row.format(name="this", **our), f"{1 - our['test_mse'] / peer['test_mse']:.0%} |")
         print(row.format(name="airalcorn2, EMA", **peer), "|")
+    write_json(args.out, machine, args, {"this": ours, "airalcorn2, EMA": peers})
 
 
 if __name__ == "__main__":

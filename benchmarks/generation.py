@@ -11,19 +11,16 @@ Each sample of neighbours.png stands above the training image nearest to it in p
 """
 
 import argparse
-import json
-import platform
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from machine import ROOT, heading, median_seconds, write_json
 from torch import Tensor, nn
 
-ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import figures  # noqa: E402
@@ -121,16 +118,6 @@ def generate_without_cache(prior: Prior, labels: Tensor) -> Tensor:
     return codes
 
 
-def seconds(function, repeats: int = 5) -> float:
-    function()  # warm-up
-    taken = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        function()
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=argparse.SUPPRESS)
     parser.add_argument("--run", default="results", help="folder of a run with a prior")
@@ -143,7 +130,8 @@ def main():
     classifier = train_classifier(data.train_images, data.train_labels)
     real, found = classify(classifier, data.test_images)
     accuracy = (found == data.test_labels).float().mean().item()
-    print(f"{platform.processor() or platform.machine()}, 2 threads, torch {torch.__version__}")
+    machine = heading()
+    print(machine)
     print(f"classifier: {accuracy:.2%} of the real test images\n")
 
     with torch.inference_mode():
@@ -176,9 +164,9 @@ def main():
 
     labels = torch.arange(100) % prior.classes
     speed = {
-        "100 samples, sample.py's defaults": seconds(lambda: script.sample(model, prior, 100)),
-        "codes of 100 images, with caches": seconds(lambda: script.generate(prior, labels)),
-        "codes of 100 images, without caches": seconds(lambda: generate_without_cache(prior, labels), repeats=3),
+        "100 samples, sample.py's defaults": median_seconds(lambda: script.sample(model, prior, 100)),
+        "codes of 100 images, with caches": median_seconds(lambda: script.generate(prior, labels)),
+        "codes of 100 images, without caches": median_seconds(lambda: generate_without_cache(prior, labels), repeats=3),
     }
     print()
     for name, taken in speed.items():
@@ -188,9 +176,7 @@ def main():
         f"caches make drawing {without / with_caches:.1f} times as fast as computing all positions anew for each code"
     )
     save_neighbours(Path(args.run, "neighbours.png"), script.sample(model, prior, 16, seed=1), data.train_images)
-    Path(args.run, "generation.json").write_text(
-        json.dumps({"classifier": accuracy, **table, **speed}, indent=2) + "\n"
-    )
+    write_json(Path(args.run, "generation.json"), machine, args, {"classifier": accuracy, **table, **speed})
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from machine import ROOT, heading, median_seconds, write_json
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
@@ -49,35 +49,27 @@ def convolution(width: int, size: int, dtype: torch.dtype):
     return lambda: F.conv2d(x, weight, padding=1).backward(gradient), flops
 
 
-def rate(function, flops: int, repeats: int = 5) -> float:
-    """Return the FLOPs per second of a function, by the median of its times after a warm-up."""
-    function()
-    taken = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        function()
-        taken.append(time.perf_counter() - began)
-    return flops / statistics.median(taken)
-
-
 def ceilings(dtype: torch.dtype) -> dict[str, float]:
     a, b = torch.randn(2, 4096, 4096, dtype=dtype)
-    convolutions = [rate(*convolution(width, size, dtype)) for width, size in ((64, 56), (128, 28), (256, 28))]
-    return {"product": rate(lambda: a @ b, 2 * 4096**3), "convolution": max(convolutions)}
+    convolutions = [convolution(width, size, dtype) for width, size in ((64, 56), (128, 28), (256, 28))]
+    rates = [flops / median_seconds(function) for function, flops in convolutions]
+    return {"product": 2 * 4096**3 / median_seconds(lambda: a @ b), "convolution": max(rates)}
 
 
 def train_timed(args: argparse.Namespace, *flags) -> dict[str, float]:
     """Run train.py; return the median seconds of a step, what some took beyond it, and the share that is no step."""
     taken = []
 
-    def timed_loop(args, resume, progress, groups, signals, batches, update, log, save):
+    def timed_loop(*arguments):
+        *others, update, log, save = arguments
+
         def timed(batch):
             began = time.perf_counter()
             sums = update(batch)
             taken.append(time.perf_counter() - began)
             return sums
 
-        train_loop(args, resume, progress, groups, signals, batches, timed, log, save)
+        train_loop(*others, timed, log, save)
 
     train.train_loop = timed_loop
     with tempfile.TemporaryDirectory() as folder:
@@ -103,8 +95,8 @@ def main():
         row |= train_timed(args, "--precision", precision)
         rows.append(row | {"step": flops / row["seconds_of_a_step"]})
     compiled = train_timed(args, "--compile")
-    cpu = torch.cpu.get_capabilities().get("cpu_name", "CPU of unknown name")
-    print(f"{cpu}, 2 threads, torch {torch.__version__}; a step of 32 images: {flops / 1e9:.2f} GFLOP")
+    machine = heading(f"a step of 32 images: {flops / 1e9:.2f} GFLOP")
+    print(machine)
     print("| precision | steps/s | GFLOP/s | of a convolution's | of a matrix product's | time that is no step |")
     print("|---|---|---|---|---|---|")
     for row in rows:
@@ -116,8 +108,7 @@ def main():
     slower, saved = step / eager["seconds_of_a_step"], eager["seconds_of_a_step"] - step
     pays = f"pays after {more / saved:,.0f} steps" if saved > 0 else "never pays"
     print(f"--compile takes {more:.0f} s, makes a step take {slower:.2f} times as long, and so {pays}")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"flops_of_a_step": flops, "rows": rows, "compiled": compiled}, indent=2) + "\n")
+    write_json(args.out, machine, args, {"flops_of_a_step": flops, "rows": rows, "compiled": compiled})
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ left out for the layers that write N x K values where three such matrices would 
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import resource
@@ -24,9 +25,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from machine import ROOT, heading, write_json
 from torch import Tensor, nn
 
-ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 LAYERS = ("this", "vector-quantize-pytorch", "textbook")
@@ -113,8 +114,9 @@ def main():
         print(json.dumps(measure(**json.loads(args.case), repeats=args.repeats)))
         return
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    cpu = torch.cpu.get_capabilities().get("cpu_name", "CPU of unknown name")
-    print(f"{cpu}, 2 threads, torch {torch.__version__}; in brackets: times the seconds and the memory of this one")
+    library = f"vector-quantize-pytorch {importlib.metadata.version('vector-quantize-pytorch')}"
+    machine = heading(library)
+    print(f"{machine}; in brackets: times the seconds and the memory of this one")
     print("| N | K | D | learns by | this | vector-quantize-pytorch | textbook |")
     print("|---|---|---|---|---|---|---|")
     rows = []
@@ -132,8 +134,7 @@ def main():
             cells = [cell(measured.get(layer), measured["this"]) for layer in LAYERS]
             print(f"| {n:,} | {size:,} | {dim} | {'EMA' if ema else 'loss'} | {' | '.join(cells)} |", flush=True)
             rows += [case | {"layer": layer} | result for layer, result in measured.items()]
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(rows, indent=2) + "\n")
+            write_json(args.out, machine, args, rows)
 
 
 def cell(result: dict | None, ours: dict) -> str:

@@ -6,36 +6,23 @@ down and cost more nats, so that neither number says anything alone. The plot ho
 VQ-VAE with a PixelCNN (keras.io/examples/generative/vq_vae; K = 128, D = 16) by the losses that it prints: MSE 0.0042,
 1.034 nats per code of 7x7.
 
-The priors are trained for a quarter of the default steps, so that the nats are somewhat above what can be reached.
+Both are trained for a part of their default steps, so that the nats are somewhat above what can be reached.
 """
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import torch
+from machine import heading, run, write_json
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).parent.parent
 KERAS = {"nats": 1.034 * 49, "mse": 0.0042}
-
-
-def call(script: str, *flags):
-    subprocess.run(
-        [sys.executable, ROOT / script, *map(str, flags)],
-        stdout=subprocess.DEVNULL,
-        env=os.environ | {"OMP_NUM_THREADS": "2"},
-        check=True,
-    )
 
 
 def measure(folder: Path, size: int, args: argparse.Namespace) -> dict:
     data = ["--dataset", "mnist", "--data-dir", args.data_dir]
-    call("train.py", "--out-dir", folder, *data, "--codebook-size", size, "--steps", args.steps)
-    call("train_prior.py", "--run", folder, "--steps", args.prior_steps)
+    run("train.py", "--out-dir", folder, *data, "--codebook-size", size, "--steps", args.steps)
+    run("train_prior.py", "--run", folder, "--steps", args.prior_steps)
     vqvae, prior = (json.loads((folder / name).read_text()) for name in ("summary.json", "prior_summary.json"))
     row = {"codebook_size": size, "mse": vqvae["test_mse"], "psnr": vqvae["test_psnr"]}
     row |= {"nats_per_code": prior["test_nats_per_code"], "nats": prior["test_nats_per_image"]}
@@ -60,13 +47,13 @@ def plot(path: Path, rows: list[dict]):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=argparse.SUPPRESS)
     parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[16, 32, 64, 128, 512], help="of the codebook")
-    parser.add_argument("--steps", type=int, default=3000, help="of each VQ-VAE")
-    parser.add_argument("--prior-steps", type=int, default=1000, help="of each prior")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[12, 16, 32, 64, 128, 512], help="of the codebook")
+    parser.add_argument("--steps", type=int, default=5000, help="of each VQ-VAE")
+    parser.add_argument("--prior-steps", type=int, default=1200, help="of each prior")
     parser.add_argument("--out-dir", type=Path, default=Path("results", "rate_distortion"))
     args = parser.parse_args()
-    cpu = torch.cpu.get_capabilities().get("cpu_name", "CPU of unknown name")
-    print(f"{cpu}, 2 threads, torch {torch.__version__}, {args.steps:,} steps and {args.prior_steps:,} of the prior")
+    machine = heading(f"{args.steps:,} steps and {args.prior_steps:,} of the prior")
+    print(machine)
     print("| K | test MSE | PSNR dB | nats per code | nats per image | seconds |")
     print("|---|---|---|---|---|---|")
     rows = []
@@ -74,7 +61,7 @@ def main():
         rows.append(measure(args.out_dir / str(size), size, args))
         line = "| {codebook_size} | {mse:.5f} | {psnr:.2f} | {nats_per_code:.3f} | {nats:.1f} | {seconds:.0f} |"
         print(line.format(**rows[-1]), flush=True)
-        (args.out_dir / "rate_distortion.json").write_text(json.dumps(rows, indent=2) + "\n")
+        write_json(args.out_dir / "rate_distortion.json", machine, args, rows)
         plot(args.out_dir / "rate_distortion.png", rows)
 
 

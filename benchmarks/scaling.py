@@ -1,7 +1,7 @@
 """What an image costs as the work grows, one axis at a time: `python benchmarks/scaling.py`.
 
-Claim: the cost of an image grows far slower than the codebook, shrinks with the batch, and is proportional to the
-pixels. What several processes cost on processors that one could use alone is shown as well.
+Claim: the cost of an image grows slower than the codebook, shrinks with the batch, and grows about with the pixels.
+What several processes cost on processors that one could use alone is shown as well.
 
 Each point is a run of train.py on the embedded digits, on the CPU, in two threads, which on the last axis the processes
 share; microseconds per image are the median over the second half of its log's intervals, when codes are being revived,
@@ -9,7 +9,6 @@ but the last. Defaults: K = 512, batches of 32, 28x28, one process.
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -18,10 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
+from machine import ROOT, heading, write_json
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).parent.parent
 AXES = {
     "codebook size K": ("--codebook-size", [64, 512, 4096, 32_768]),
     "images per step": ("--batch-size", [8, 32, 128, 512]),
@@ -70,15 +68,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=argparse.SUPPRESS)
     parser.add_argument("--out-dir", type=Path, default=Path("results"))
     args = parser.parse_args()
-    args.out_dir.mkdir(parents=True, exist_ok=True)
-    cpu = torch.cpu.get_capabilities().get("cpu_name", "CPU of unknown name")
-    print(f"{cpu}, 2 threads, torch {torch.__version__}")
+    machine = heading()
+    print(machine)
     measured = {}
     for name, (flag, values) in AXES.items():
         measured[name] = {value: microseconds_per_image(flag, value) for value in values}
         shown = ", ".join(f"{value:,}: {cost:,.0f}" for value, cost in measured[name].items())
         print(f"microseconds per image by {name}: {shown}", flush=True)
-        (args.out_dir / "scaling.json").write_text(json.dumps(measured, indent=2) + "\n")
+        write_json(args.out_dir / "scaling.json", machine, args, measured)
     plot(args.out_dir / "scaling.png", measured)
 
 

@@ -14,22 +14,21 @@ the one of median test MSE, timed from the first step on, with all pictures and 
 
 import argparse
 import importlib
-import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from machine import ROOT, heading, train, write_json
 
-ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data import batch_indices, load_dataset  # noqa: E402
 
+CLONES = ("ritheshkumar95", "MishaLaskin", "airalcorn2")
 STEPS = (200, 300, 400, 600, 1000, 1500, 2000, 3000, 5000)
 
 
@@ -121,14 +120,14 @@ def measure(step, test_images: torch.Tensor) -> dict:
 
 def train_ours(steps: int, data_dir: str, repeats: int) -> dict:
     """Return the summary of the run of median test MSE."""
-    runs = []
-    for seed in range(repeats):
-        with tempfile.TemporaryDirectory() as folder:
-            flags = ["--dataset", "mnist", "--data-dir", data_dir, "--steps", str(steps), "--seed", str(seed)]
-            command = [sys.executable, ROOT / "train.py", "--device", "cpu", "--out-dir", folder, *flags]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "2"})
-            runs.append(json.loads(Path(folder, "summary.json").read_text()))
+    flags = ["--dataset", "mnist", "--data-dir", data_dir, "--steps", steps]
+    runs = [train(*flags, "--seed", seed) for seed in range(repeats)]
     return sorted(runs, key=lambda run: run["test_mse"])[repeats // 2]
+
+
+def commit(clone: Path) -> str:
+    done = subprocess.run(["git", "-C", clone, "rev-parse", "HEAD"], stdout=subprocess.PIPE, text=True)
+    return done.stdout.strip() or "unknown"
 
 
 def main():
@@ -139,18 +138,17 @@ def main():
     parser.add_argument("--repeats", type=int, default=3, help="seeds of each of our runs")
     parser.add_argument("--out", type=Path, default=Path("results", "time_to_quality.json"))
     args = parser.parse_args()
-    missing = [name for name in ("ritheshkumar95", "MishaLaskin", "airalcorn2") if not (args.peers / name).is_dir()]
+    missing = [name for name in CLONES if not (args.peers / name).is_dir()]
     if missing:
         parser.error(f"--peers {args.peers} holds no {', '.join(missing)}; clone the repositories there")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # one of the others takes a GPU where there is one
     torch.set_num_threads(2)
     data = load_dataset("mnist", args.data_dir)
-    cpu = torch.cpu.get_capabilities().get("cpu_name", "CPU of unknown name")
-    print(f"{cpu}, 2 threads, torch {torch.__version__}")
+    machine = heading()
+    print(machine)
     print("| | steps | seconds | images/s | test MSE | PSNR dB |")
     print("|---|---|---|---|---|---|")
     row = "| {name} | {steps:,} | {seconds:.1f} | {images_per_second:,.0f} | {test_mse:.5f} | {test_psnr:.2f} |"
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     results = []
     for name, make in PEERS.items():
         results.append({"name": name} | train_peer(make, args.peers, data, args.seconds))
@@ -166,7 +164,8 @@ def main():
         goals = {name: goal for name, goal in goals.items() if name not in reached}
         if not goals:
             break
-    args.out.write_text(json.dumps(results, indent=2) + "\n")
+    commits = {name: commit(args.peers / name) for name in CLONES}
+    write_json(args.out, machine, args, {"commits": commits, "results": results})
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, SMALL, rows, same_run, same_state, train
 
 import checkpoint
+import loop
 import train as script
 
 SHORT = [*SMALL, "--steps=40", "--save-every=7", "--log-every=3"]
@@ -116,14 +117,14 @@ def command(*flags):
 def test_second_ctrl_c_stops_at_once_and_leaves_the_last_checkpoint_whole(tmp_path):
     """The step that the first one waits for takes a minute here."""
     slow = """if True:
-        import time, train
-        original = train.batch_indices
+        import time, loop, train
+        original = loop.batch_indices
         def batch_indices(*args):
             if args[-1] == 8:
                 print("slow", flush=True)
                 time.sleep(60)
             return original(*args)
-        train.batch_indices = batch_indices
+        loop.batch_indices = batch_indices
         train.main(train.parse_args())"""
     run = [sys.executable, "-c", slow, f"--out-dir={tmp_path}", *SHORT]
     with subprocess.Popen(run, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
@@ -188,7 +189,7 @@ def test_checkpoint_that_does_not_fit_leaves_the_one_before_and_no_rubbish(train
 
 def test_folder_that_vanishes_ends_the_run_with_one_line(tmp_path, monkeypatch, capsys):
     folder, moved = tmp_path / "results", tmp_path / "moved"
-    original = script.batch_indices
+    original = loop.batch_indices
 
     def vanish(*args):
         if args[-1] == 10:
@@ -196,7 +197,7 @@ def test_folder_that_vanishes_ends_the_run_with_one_line(tmp_path, monkeypatch, 
             folder.write_text("a file now")
         return original(*args)
 
-    monkeypatch.setattr(script, "batch_indices", vanish)
+    monkeypatch.setattr(loop, "batch_indices", vanish)
     with pytest.raises(SystemExit) as ended:
         train(folder, "--steps=40", "--save-every=7")
     printed = capsys.readouterr().err

@@ -1,5 +1,6 @@
 import csv
 
+import pytest
 import torch
 from matplotlib.image import imread
 
@@ -20,6 +21,31 @@ def test_pictures_show_colour(tmp_path):
     red[:, 0] = 1
     figures.save_reconstructions(tmp_path / "recon.png", {"original": red, "reconstruction": red}, "title")
     assert ((imread(tmp_path / "recon.png")[:, :, :3] == [1, 0, 0]).all(-1)).mean() > 0.05
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(10, 1), (2, 20)])
+def test_samples_are_enlarged_below_a_whole_title(tmp_path, rows, columns):
+    title, colours = "samples, a row per class", torch.tensor([[255, 0, 0], [0, 0, 255]], dtype=torch.uint8)
+    images = [colours[i % 2, None, :, None, None].expand(columns, 3, 28, 28) for i in range(rows)]
+    figures.save_samples(tmp_path / "samples.png", images, title)
+    picture = imread(tmp_path / "samples.png")[:, :, :3]
+    red, blue = ((picture == colour).all(-1) for colour in ([1, 0, 0], [0, 0, 1]))
+    found = ["red" if r else "blue" for r, b in zip(red.any(1), blue.any(1)) if r or b]
+    assert [colour for i, colour in enumerate(found) if found[i - 1 : i] != [colour]] == ["red", "blue"] * (rows // 2)
+    assert red.sum() + blue.sum() >= 4 * rows * columns * 28 * 28  # two dots a pixel at least, in each direction
+    dark = (picture[:30].max(-1) < 0.5).any(0).nonzero()[0]  # the columns that the title takes
+    assert dark[0] > 3 and dark[-1] < picture.shape[1] - 4 and dark[-1] - dark[0] > 5 * len(title)
+
+
+def test_prior_curves_mark_the_step_that_is_kept(tmp_path):
+    (tmp_path / "prior_metrics.csv").write_text(
+        "step,train_nats,held_out_nats\n10,6.0,\n20,5.0,5.5\n30,4.0,\n40,3.0,4.5\n"
+    )
+    pictures = []
+    for best_step in (20, 40):
+        figures.save_prior_curves(tmp_path / "prior_curves.png", tmp_path / "prior_metrics.csv", best_step)
+        pictures.append(imread(tmp_path / "prior_curves.png"))
+    assert pictures[0].std() > 0.05 and (pictures[0] != pictures[1]).any()
 
 
 def test_curves_are_drawn_from_metrics_with_gaps(tmp_path):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from conftest import ROOT, TINY, same_state, save, train, train_prior
 from PIL import Image
 
+import loop
 import sample as sample_script
 import train_prior as script
 from checkpoint import load_checkpoint
@@ -70,9 +71,9 @@ def test_nats_are_those_of_the_test_images_codes(prior_run):
 
 
 def test_held_out_images_are_training_images_and_not_trained_on(generating_run, monkeypatch):
-    seen, original = [], script.batches
+    seen, original = [], loop.batches
     monkeypatch.setattr(
-        script,
+        loop,
         "batches",
         lambda rows, order, device: (batch for batch in original(rows, order, device) if seen.append(batch) or True),
     )
@@ -120,10 +121,10 @@ def test_resumed_prior_ends_bit_for_bit_as_one_that_never_stopped(prior_run, tmp
     flags = ["--steps=9", "--save-every=4", f"--precision={precision}", "--dropout=0.1"]
     whole, halves = (shutil.copytree(prior_run, tmp_path / name) for name in ("whole", "halves"))
     train_prior(whole, *flags)
-    signals, original = [], script.batch_indices
+    signals, original = [], loop.batch_indices
     with monkeypatch.context() as patch:
         patch.setattr(script, "catch_signals", lambda: signals)
-        patch.setattr(script, "batch_indices", lambda *a: (signals.append(15) if a[-1] == 4 else 0, original(*a))[1])
+        patch.setattr(loop, "batch_indices", lambda *a: (signals.append(15) if a[-1] == 4 else 0, original(*a))[1])
         with pytest.raises(SystemExit) as stopped:
             train_prior(halves, *flags)
     assert stopped.value.code == 143 and load_checkpoint(halves, "prior")["progress"]["step"] == 5
@@ -185,15 +186,15 @@ def drawn(monkeypatch):
 
 def test_sample_writes_a_row_per_class_and_single_images(generating_run, drawn, tmp_path):
     out = tmp_path / "single"
-    draw(generating_run, "--num=6", "--classes=3,7", "--seed=5", "--top-k=9", "--guidance=2", "--out", out)
+    draw(generating_run, "--num=6", "--classes=7,3", "--seed=5", "--top-k=9", "--guidance=2", "--out", out)
     [(path, rows, _)] = drawn
-    expected = sample(*load_run(generating_run), num=6, classes=[3, 7], seed=5, top_k=9, guidance=2)
+    expected = sample(*load_run(generating_run), num=6, classes=[7, 3], seed=5, top_k=9, guidance=2)
     assert path == generating_run / "samples.png" and len(rows) == 2
     assert torch.equal(torch.cat(list(rows)), expected)
     files = sorted(out.iterdir())
     assert len(files) == 6
     for file, image in zip(files, expected):
-        assert np.array_equal(np.asarray(Image.open(file).convert("L")), image[0].numpy())
+        assert np.array_equal(np.asarray(Image.open(file)), image[0].numpy())  # grey, as it was learnt
 
 
 def test_no_class_is_left_out_whatever_the_number(prior_run):
@@ -201,11 +202,6 @@ def test_no_class_is_left_out_whatever_the_number(prior_run):
     for num in (10, 11, 15, 99):
         counts = torch.bincount(sample_script.labels_of(prior, num), minlength=10)
         assert counts.sum() == num and counts.max() - counts.min() <= 1
-
-
-def test_samples_come_in_one_picture(generating_run):
-    draw(generating_run, "--num=11")
-    assert np.asarray(Image.open(generating_run / "samples.png")).std() > 10
 
 
 def test_images_are_completed_from_their_first_codes(generating_run, drawn, monkeypatch, tmp_path):

@@ -1,9 +1,11 @@
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from torchvision import datasets
 
 import checkpoint
 import evaluate
+import loop
 import sample
 import train as script
 import train_prior
@@ -48,6 +51,14 @@ def test_summary_names_the_data_and_holds_every_figure(finished_run):
     for name in ("seconds", "images_per_second", "test_mse", "test_psnr", "test_ssim", "perplexity", "codes_used"):
         assert summary[name] > 0
     assert summary["codes_used"] <= 32 and summary["perplexity"] <= summary["codes_used"] + 1e-9
+
+
+def test_seconds_are_those_of_the_whole_run(tmp_path, monkeypatch):
+    """With the last pictures and figures as well."""
+    for name in ("save_reconstructions", "save_codebooks"):
+        monkeypatch.setattr(script.figures, name, lambda *_: time.sleep(1))
+    train(tmp_path, "--steps=1")
+    assert json.loads((tmp_path / "summary.json").read_text())["seconds"] > 2
 
 
 def test_training_learns_the_digits(tmp_path):
@@ -107,14 +118,19 @@ def test_signal_stops_at_the_end_of_a_step_and_resuming_goes_on_exactly(finished
     assert steps == sorted({*range(5, step + 25, 5), step + 25})
 
 
+def test_command_to_go_on_with_can_be_pasted_whatever_the_folder():
+    command = checkpoint.resume_command(Path("my run's"), checkpoint.PRIOR)
+    assert shlex.split(command) == ["python", "train_prior.py", "--resume", "my run's"]
+
+
 def stop_before(monkeypatch, folder, cut, *flags):
     """Train in this process and stop after `cut` steps, as a signal would."""
     args = script.parse_args(["--out-dir", str(folder), *SMALL, *flags])
     signals = []
     monkeypatch.setattr(script, "catch_signals", lambda: signals)
-    original = script.batch_indices
+    original = loop.batch_indices
     monkeypatch.setattr(
-        script, "batch_indices", lambda *a: (signals.append(2) if a[-1] == cut - 1 else 0, original(*a))[1]
+        loop, "batch_indices", lambda *a: (signals.append(2) if a[-1] == cut - 1 else 0, original(*a))[1]
     )
     with pytest.raises(SystemExit) as stopped:
         script.main(args)
@@ -145,14 +161,14 @@ def test_resumed_run_ends_bit_for_bit_as_one_that_never_stopped(tmp_path, monkey
 def test_second_sigterm_does_not_cut_the_save_short(tmp_path):
     """A scheduler may send it to the process and again to its group."""
     code = """if True:
-        import os, signal, train
-        original = train.batch_indices
+        import os, signal, loop, train
+        original = loop.batch_indices
         def batch_indices(*args):
             if args[-1] == 8:
                 os.kill(os.getpid(), signal.SIGTERM)
                 os.kill(os.getpid(), signal.SIGTERM)
             return original(*args)
-        train.batch_indices = batch_indices
+        loop.batch_indices = batch_indices
         train.main(train.parse_args())"""
     done = subprocess.run([sys.executable, "-c", code, f"--out-dir={tmp_path}", *SMALL], cwd=ROOT, capture_output=True)
     assert done.returncode == 143 and checkpoint.load_checkpoint(tmp_path)["progress"]["step"] == 9

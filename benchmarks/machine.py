@@ -1,0 +1,58 @@
+"""What the scripts of this folder share: where and when they ran, whole runs, and the time that a function takes."""
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+def heading(*more: str) -> str:
+    """Return the line above a table: processor, threads, versions, date."""
+    cpu = torch.cpu.get_capabilities().get("cpu_name", "CPU of unknown name")
+    return ", ".join([cpu, "2 threads", f"torch {torch.__version__}", *more, datetime.date.today().isoformat()])
+
+
+def write_json(path: Path, machine: str, args: argparse.Namespace, measured):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"machine": machine, "arguments": vars(args), "measured": measured}
+    path.write_text(json.dumps(content, indent=2, default=str) + "\n")
+
+
+def run(script: str, *flags) -> float:
+    """Run a script of the repository on the CPU, in two threads; return its peak memory in GB."""
+    command = [sys.executable, ROOT / script, "--device=cpu", *map(str, flags)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "2"})
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"{script} {' '.join(map(str, flags))} failed with exit code {process.returncode}")
+    return usage.ru_maxrss * (1024 if sys.platform != "darwin" else 1) / 1e9
+
+
+def train(*flags) -> dict:
+    """Return the summary of a whole run of train.py, with its peak memory in GB."""
+    with tempfile.TemporaryDirectory() as folder:
+        memory = run("train.py", "--out-dir", folder, *flags)
+        return json.loads(Path(folder, "summary.json").read_text()) | {"memory": memory}
+
+
+def median_seconds(function: Callable[[], object], repeats: int = 5) -> float:
+    """Return the median of the seconds that a function takes after a first call."""
+    function()
+    taken = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        function()
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken)
