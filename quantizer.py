@@ -203,7 +203,8 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
     """Return argmin_k ||z_n - e_k||^2 for each vector z_n of z (N, D): (N,) int64, the lowest k of a tie.
 
     ||z_n||^2 is the same for all k, which leaves argmin_k 1/2 ||e_k||^2 - z_n . e_k: one matrix product, in chunks
-    of N so that memory does not grow with N x K.
+    of N so that memory does not grow with N x K. Distances are rounded as float32 rounds the largest ||e_k||^2, counted
+    from the middle of the codebook; of codes whose distances differ by less, either may be returned.
     """
     if not 1e-15 < max(largest(z), largest(codebook)) < 1e15:
         z, codebook = z.double(), codebook.double()  # float32 cannot hold the squares
