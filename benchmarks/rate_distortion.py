@@ -6,7 +6,8 @@ down and cost more nats, so that neither number says anything alone. The plot ho
 VQ-VAE with a PixelCNN (keras.io/examples/generative/vq_vae; K = 128, D = 16) by the losses that it prints: MSE 0.0042,
 1.034 nats per code of 7x7.
 
-Both are trained for a part of their default steps, so that the nats are somewhat above what can be reached.
+The priors are trained for about a quarter of their default steps, so that the nats are somewhat above what can be
+reached.
 """
 
 import argparse
@@ -48,8 +49,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=argparse.SUPPRESS)
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--sizes", type=int, nargs="+", default=[12, 16, 32, 64, 128, 512], help="of the codebook")
-    parser.add_argument("--steps", type=int, default=4000, help="of each VQ-VAE")
-    parser.add_argument("--prior-steps", type=int, default=1000, help="of each prior")
+    parser.add_argument("--steps", type=int, default=10_000, help="of each VQ-VAE")
+    parser.add_argument("--prior-steps", type=int, default=1200, help="of each prior")
     parser.add_argument("--out-dir", type=Path, default=Path("results", "rate_distortion"))
     args = parser.parse_args()
     machine = heading(f"{args.steps:,} steps and {args.prior_steps:,} of the prior")

@@ -137,6 +137,18 @@ def test_resumed_prior_ends_bit_for_bit_as_one_that_never_stopped(prior_run, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs a C++ compiler")
+@pytest.mark.filterwarnings("default")  # the compiler's own
+def test_compiled_prior_learns_what_an_eager_one_learns(prior_run, tmp_path):
+    learnt = []
+    for flag in ("--no-compile", "--compile"):
+        folder = shutil.copytree(prior_run, tmp_path / flag)
+        train_prior(folder, "--steps=6", "--precision=float32", "--dropout=0", flag)
+        learnt.append(np.loadtxt(folder / "prior_metrics.csv", delimiter=",", skiprows=1, usecols=1))
+    assert len(learnt[0]) == 3 and learnt[1] == pytest.approx(learnt[0], rel=1e-3)
+
+
+@pytest.mark.slow
 def test_prior_of_two_processes_is_that_of_one(finished_run, tmp_path):
     for ranks in (1, 2):
         folder = shutil.copytree(finished_run, tmp_path / str(ranks))
