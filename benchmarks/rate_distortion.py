@@ -39,7 +39,7 @@ def plot(path: Path, rows: list[dict]):
     ax.plot(KERAS["nats"], KERAS["mse"], "s", color="tab:red", label="Keras example, K = 128")
     ax.set(title="MNIST: what an image costs, and what comes back", yscale="log")
     ax.set(xlabel="nats per test image, by the prior", ylabel="test MSE, pixels in [0, 1]")
-    ax.margins(x=0.12)  # room for the last label
+    ax.margins(x=0.16, y=0.12)  # room for the labels
     ax.grid(alpha=0.3, which="both")
     ax.legend()
     figure.savefig(path)
@@ -48,7 +48,7 @@ def plot(path: Path, rows: list[dict]):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=argparse.SUPPRESS)
     parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[12, 16, 32, 64, 128, 512], help="of the codebook")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10, 12, 16, 32, 64, 128, 512], help="of the codebook")
     parser.add_argument("--steps", type=int, default=10_000, help="of each VQ-VAE")
     parser.add_argument("--prior-steps", type=int, default=1200, help="of each prior")
     parser.add_argument("--out-dir", type=Path, default=Path("results", "rate_distortion"))
