@@ -1,4 +1,5 @@
 import csv
+import os
 import shutil
 import signal
 import zlib
@@ -13,6 +14,7 @@ import checkpoint
 import train as script
 import train_prior as prior_script
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave their processor to the other tests
 ROOT = Path(__file__).parent.parent
 SMALL = ["--dataset=digits", "--codebook-size=32", "--code-dim=8", "--width=8", "--blocks=1", "--batch-size=16"]
 SMALL += ["--log-every=5", "--device=cpu"]
