@@ -256,8 +256,9 @@ def batches(images: Images, order: Iterable[Tensor], device: torch.device) -> Ge
     else:
         if device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
             images = images.to(device)
+        ahead = device.type == "cuda"  # the host goes on while the GPU copies: what is copied has been put aside
         for indices in order:
-            yield images[indices.to(images.device)].to(device)
+            yield images[indices.to(images.device, non_blocking=ahead)].to(device, non_blocking=ahead)
 
 
 def ignore_signals(_worker: int):

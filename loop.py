@@ -154,19 +154,21 @@ def train_loop(
         for step, batch in enumerate(stream, progress["step"] + 1):
             for group in groups:
                 group["lr"] = group["initial_lr"] * schedule(step, args.steps)
-            sums = update(batch)
-            sums = torch.cat([sums, sums.new_tensor([len(signals)])])
+            sums, stopping = update(batch), bool(signals)
             if ranks > 1:
+                sums = torch.cat([sums, sums.new_tensor([stopping])])
                 dist.all_reduce(sums)
-            stopping = bool(sums[-1]) if ranks > 1 else bool(signals)  # at the same step on every rank
+                sums, stopping = sums[:-1], bool(sums[-1])  # at the same step on every rank
             saving = step % args.save_every == 0 or step == args.steps
-            progress["sums"] += sums[:-1]
-            progress |= {"step": step, "seconds": time.perf_counter() - began}
+            progress["sums"] += sums
+            progress["step"] = step
             bar.update()
             if not (saving or stopping or step % args.log_every == 0):
                 continue
+            # Only here does the host wait for a GPU, and the clock with it.
             if not progress["sums"].isfinite().all():
                 raise FloatingPointError("a loss is NaN or infinite; lower the learning rate")
+            progress["seconds"] = time.perf_counter() - began
             if saving or step % args.log_every == 0:
                 if rank == 0:
                     shown = f"{log(saving)}, {step * args.batch_size / progress['seconds']:,.0f} images/s"

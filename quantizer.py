@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LOOKUP_ELEMENTS = 2**20  # distances held at once: 4 MiB of float32 stay in a processor's cache
+LOOKUP_ELEMENTS_GPU = 2**26  # 256 MiB: few kernels, each with enough to do
+LOOKUP_ROWS = 16  # vectors compared at once, at least; of fewer, the matrix product is slow
 LOOKUP_BLOCK = 64  # codes whose least distance is found together
 KMEANS_ITERATIONS = 10
 
@@ -84,6 +86,7 @@ class VectorQuantizer(nn.Module):
             self.codebook = nn.Parameter(codebook)
         self.register_buffer("ema_counts", torch.ones(codebook_size))
         self.register_buffer("started", torch.tensor(0 if kmeans_start else codebook_size))  # codes that have a start
+        self.all_started = not kmeans_start  # False: look at `started`, for which the host would wait for a GPU
         self.register_buffer("revived", torch.zeros(codebook_size, dtype=torch.bool), persistent=False)
 
     def forward(self, z_e: Tensor) -> Quantized:
@@ -91,11 +94,12 @@ class VectorQuantizer(nn.Module):
 
         Raises:
             ValueError: z_e has another number of channels or is not floating point.
-            FloatingPointError: z_e holds NaN or infinite values; the codebook is left as it was.
+            FloatingPointError: z_e holds NaN or infinite values; the codebook is left as it was. On a GPU, which the
+                host would have to wait for, the losses are NaN or infinite instead.
         """
         z = self._flatten(z_e)
         learning = self.training and (len(z) > 0 or processes() > 1)
-        if learning and self.started < self.codebook_size:
+        if learning and not self.all_started:
             self._start(z.detach())
         indices = nearest_code(z.detach(), self.codebook.detach())
         codes = F.embedding(indices, self.codebook)
@@ -123,7 +127,8 @@ class VectorQuantizer(nn.Module):
 
     def count(self, indices: Tensor) -> Tensor:
         """Count each code's uses, (K,) int64; counts of several batches add up, and `perplexity` reads them."""
-        return torch.bincount(indices.flatten(), minlength=self.codebook_size)
+        counts = torch.zeros(self.codebook_size, dtype=torch.int64, device=indices.device)
+        return counts.index_add_(0, indices.flatten(), torch.ones_like(indices).flatten())
 
     def reset_revived(self, optimizer: torch.optim.Optimizer):
         """Zero the optimiser's moments of the codes revived since the last call, lest old momentum drags them away.
@@ -144,7 +149,7 @@ class VectorQuantizer(nn.Module):
         if not z_e.is_floating_point():
             raise ValueError(f"z_e is {z_e.dtype} but must be floating point")
         z = z_e.movedim(1, -1).reshape(-1, self.code_dim).float()
-        if not largest(z.detach()).isfinite():
+        if z.is_cpu and not largest(z.detach()).isfinite():
             bad = int((~z.isfinite()).sum())
             raise FloatingPointError(f"{bad} of {z.numel()} values of z_e are NaN or infinite; lower the learning rate")
         return z
@@ -153,11 +158,18 @@ class VectorQuantizer(nn.Module):
         flat = flat.view(z_e.shape[0], *z_e.shape[2:], *flat.shape[1:])
         return flat.movedim(-1, 1).to(z_e.dtype) if flat.ndim == z_e.ndim else flat
 
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+        self.all_started = False
+
     @torch.no_grad()
     def _start(self, z):
+        first = int(self.started)
+        self.all_started = first == self.codebook_size
+        if self.all_started:
+            return
         z = gather(z)
         distinct = z.unique(dim=0)  # equal vectors, as of an image's empty margin, would be one code many times over
-        first = int(self.started)
         chosen = torch.randperm(len(distinct), device=z.device)[: self.codebook_size - first]
         last = first + len(chosen)
         self.codebook[first:last] = distinct[chosen]
@@ -183,17 +195,28 @@ class VectorQuantizer(nn.Module):
                 dist.all_reduce(sums)
             rate = (1 - self.decay) / self.ema_counts.clamp(min=1e-30)
             self.codebook += rate[:, None] * (sums - counts[:, None] * self.codebook)
+        if self.revive_below:
+            self._revive(z, counts)
+
+    def _revive(self, z, counts):
         fair = self.ema_counts.mean()
         dead = (self.ema_counts < self.revive_below * fair) & (counts == 0)
-        if dead.any() and counts.any():
-            distinct = gather(z).unique(dim=0)
-            chosen = torch.randperm(len(distinct), device=z.device)
-            if processes() > 1:
-                dist.broadcast(chosen, src=0)
-            moved = dead.nonzero()[: len(distinct), 0]
-            self.codebook[moved] = distinct[chosen[: len(moved)]]
-            self.ema_counts[moved] = fair  # time to find users, and with `ema` the inertia of an average code
-            self.revived[moved] = True
+        if (z.is_cpu or processes() > 1) and not (dead.any() and counts.any()):
+            return  # asked only here: the host would wait for a GPU, at every step
+        z = gather(z)
+        # Equal vectors, as of an image's empty margin, have equal marks: only the first of each may become a code.
+        marks, order = (z * torch.arange(1, self.code_dim + 1, device=z.device).sqrt()).sum(1).sort()
+        distinct = F.pad(marks.diff() != 0, (1, 0), value=True)
+        priority = torch.rand(len(z), device=z.device)
+        if processes() > 1:
+            dist.broadcast(priority, src=0)
+        order = order[priority.where(distinct, 2.0).argsort()]
+        place = dead.cumsum(0) - 1  # of each dead code among them
+        moved = dead & (place < distinct.sum())
+        vectors = z[order[place.clamp(0, len(z) - 1)]]
+        self.codebook.copy_(vectors.where(moved[:, None], self.codebook))
+        self.ema_counts.copy_(fair.where(moved, self.ema_counts))  # time to find users; with `ema`, average inertia
+        self.revived |= moved
 
     def _sums(self, z, indices):  # of the vectors that chose each code, (K, D)
         return torch.zeros_like(self.codebook).index_add_(0, indices, z)
@@ -206,25 +229,19 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
     of N so that memory does not grow with N x K. Distances are rounded as float32 rounds the largest ||e_k||^2, counted
     from the middle of the codebook; of codes whose distances differ by less, either may be returned.
     """
-    if not 1e-15 < max(largest(z), largest(codebook)) < 1e15:
-        z, codebook = z.double(), codebook.double()  # float32 cannot hold the squares
-    # Far from the origin ||e_k||^2 would drown the differences between codes, so that goes to their middle; rounded to
-    # a power of two above their spread, lest the shift itself lose digits and with them exact ties.
-    middle = codebook.mean(0)
-    step = torch.exp2(largest(codebook - middle).clamp(min=1e-30).log2().ceil())
-    middle = (middle / step).round() * step
-    codebook = codebook - middle
-    half_square = codebook.square().sum(1) / 2
+    scale, middle, codebook, half_square = prepared(z, codebook)
     # Matrix products round differently in their last, incomplete blocks; filled up, equal codes get equal distances.
     filling = -len(codebook) % LOOKUP_BLOCK
     half_square, codebook = F.pad(half_square, (0, filling), value=torch.inf), F.pad(codebook, (0, 0, 0, filling))
-    rows = max(1, min(len(z), LOOKUP_ELEMENTS // len(codebook)))
+    elements = LOOKUP_ELEMENTS if z.is_cpu else LOOKUP_ELEMENTS_GPU
+    rows = max(1, min(len(z), max(LOOKUP_ROWS, elements // len(codebook))))
     distances = z.new_empty(rows, len(codebook))  # one buffer for all chunks
     indices = torch.empty(len(z), dtype=torch.int64, device=z.device)
     row = torch.arange(rows, device=z.device)
     for chunk, chosen in zip(z.split(rows), indices.split(rows)):
         n = len(chunk)
-        torch.addmm(half_square, chunk - middle, codebook.T, alpha=-1, out=distances[:n])
+        shifted = torch.addcmul(-middle, chunk, scale)
+        torch.addmm(half_square, shifted, codebook.T, alpha=-1, out=distances[:n])
         # The first block that holds the least distance, then where in it: argmin over a whole row is far slower.
         blocks = distances[:n].unflatten(1, (-1, LOOKUP_BLOCK))
         block = blocks.amin(2).argmin(1)
@@ -232,9 +249,28 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
     return indices
 
 
+def prepared(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return scale, middle (D,), centred codebook (K, D) and 1/2 ||e_k||^2 (K,), for vectors scale z_n - middle."""
+    # Powers of two, by which no digit is lost, bring all values to where float32 holds their squares.
+    scale = 1 / power_of_two_above(torch.maximum(largest(z), largest(codebook)))
+    codebook = codebook * scale
+    # Far from the origin ||e_k||^2 would drown the differences between codes, so that goes to their middle; rounded to
+    # a power of two above their spread, lest the shift itself lose digits and with them exact ties.
+    middle = codebook.mean(0)
+    step = power_of_two_above(largest(codebook - middle))
+    middle = (middle / step).round() * step
+    codebook = codebook - middle
+    return scale, middle, codebook, codebook.square().sum(1) / 2
+
+
 def largest(values: Tensor) -> Tensor:
     """Return the largest magnitude, a scalar; NaN where there is one."""
     return values.abs().amax() if values.numel() else values.new_zeros(())
+
+
+def power_of_two_above(value: Tensor) -> Tensor:
+    """Return the least power of two from `value` on, where that and its inverse are normal float32 numbers."""
+    return torch.exp2(value.clamp(2.0**-126, 2.0**126).log2().ceil())
 
 
 def processes() -> int:

@@ -26,6 +26,14 @@ def test_any_channels_and_size_come_back_as_they_went_in(channels, size):
     assert torch.equal(model.decode([indices]), x_recon.clamp(0, 1))
 
 
+@pytest.mark.parametrize("levels", [1, 2])
+def test_a_training_step_never_makes_the_host_wait_for_a_gpu(levels):
+    """The meta device has no values to wait for; asking it for one is an error."""
+    model = make(levels=levels).to("meta", memory_format=torch.channels_last).train()
+    x_recon, quantized = model(torch.rand(2, 1, 28, 28, device="meta"))
+    sum([x_recon.sum(), *(level.codebook_loss + level.commitment_loss for level in quantized)]).backward()
+
+
 @pytest.mark.parametrize("downsample", [2, 4, 8, 16, 32])
 @pytest.mark.parametrize("levels", [1, 2])
 def test_each_level_has_a_code_per_its_stride(downsample, levels):

@@ -351,6 +351,32 @@ def test_saved_and_loaded_halfway_ends_bit_for_bit_the_same(ema):
         assert all(torch.equal(a, b) for a, b in zip(vq.state_dict().values(), second.state_dict().values()))
 
 
+@BOTH_WAYS
+def test_start_saved_halfway_goes_on_in_a_quantizer_that_had_started(ema):
+    half, whole = make(size=20, kmeans_start=True, ema=ema), make(size=20, kmeans_start=True, ema=ema)
+    half(torch.randn(6, 4))
+    whole(torch.randn(100, 4))
+    whole.load_state_dict(half.state_dict())
+    whole(torch.randn(100, 4))
+    assert whole.started == 20 and len(whole.codebook.unique(dim=0)) == 20
+
+
+@BOTH_WAYS
+def test_a_step_never_makes_the_host_wait_for_a_gpu(ema):
+    """The meta device has no values: to ask it for one, which is what the host would wait for, is an error."""
+    vq = VectorQuantizer(32, 4, ema=ema, kmeans_start=False).to("meta")
+    optimizer = torch.optim.Adam([*vq.parameters(), torch.nn.Parameter(torch.zeros(1, device="meta"))])
+    z_e = torch.randn(2, 4, 3, 3, device="meta", requires_grad=True)
+    for _ in range(2):
+        out = vq(z_e)
+        (out.z_q.sum() + out.codebook_loss + out.commitment_loss).backward()
+        vq.reset_revived(optimizer)
+        optimizer.step()
+    assert vq.count(out.indices).shape == (32,)
+    with pytest.raises(RuntimeError):
+        bool(out.codebook_loss)
+
+
 # Usage
 
 
