@@ -12,17 +12,14 @@ fed the same images from memory, and the pauses in which it is measured do not c
 
 import argparse
 import importlib.util
-import sys
 import time
 from pathlib import Path
 
 import torch
-from machine import ROOT, heading, train, write_json
+from machine import heading, train, write_json
 
-sys.path.insert(0, str(ROOT))
-
-from data import batch_indices, load_dataset  # noqa: E402
-from quantizer import perplexity  # noqa: E402
+from data import batch_indices, load_dataset
+from quantizer import perplexity
 
 
 def train_peer(repository: Path, data, moments: list[float]) -> list[dict]:

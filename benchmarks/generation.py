@@ -12,22 +12,19 @@ Each sample of neighbours.png stands above the training image nearest to it in p
 
 import argparse
 import statistics
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from machine import ROOT, heading, median_seconds, write_json
+from machine import heading, median_seconds, write_json
 from torch import Tensor, nn
 
-sys.path.insert(0, str(ROOT))
-
-import figures  # noqa: E402
-import sample as script  # noqa: E402
-from checkpoint import load_checkpoint  # noqa: E402
-from data import dataset_of, to_pixels  # noqa: E402
-from prior import Prior  # noqa: E402
+import figures
+import sample as script
+from checkpoint import load_checkpoint
+from data import dataset_of, to_pixels
+from prior import Prior
 
 CPU = torch.device("cpu")
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # the scripts beside this one import the repository's modules after it
 
 
 def heading(*more: str) -> str:

@@ -14,21 +14,18 @@ threads.
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from machine import ROOT, heading, median_seconds, write_json
+from machine import heading, median_seconds, write_json
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(ROOT))
-
-import train  # noqa: E402
-from model import VQVAE  # noqa: E402
-from process import pick_device, user_errors  # noqa: E402
+import train
+from model import VQVAE
+from process import pick_device, user_errors
 
 train_loop = train.train_loop
 

@@ -25,10 +25,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from machine import ROOT, heading, write_json
+from machine import heading, write_json
 from torch import Tensor, nn
-
-sys.path.insert(0, str(ROOT))
 
 LAYERS = ("this", "vector-quantize-pytorch", "textbook")
 

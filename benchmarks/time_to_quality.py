@@ -22,11 +22,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from machine import ROOT, heading, train, write_json
+from machine import heading, train, write_json
 
-sys.path.insert(0, str(ROOT))
-
-from data import batch_indices, load_dataset  # noqa: E402
+from data import batch_indices, load_dataset
 
 CLONES = ("ritheshkumar95", "MishaLaskin", "airalcorn2")
 STEPS = (200, 300, 400, 600, 1000, 1500, 2000, 3000, 5000)

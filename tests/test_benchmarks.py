@@ -1,10 +1,15 @@
 """What the benchmarks' figures rest on."""
 
+import importlib.util
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from generation import distance_within, frechet
-from machine import median_seconds
+from machine import ROOT, median_seconds
 from quantizer_speed import Textbook
 
 from quantizer import VectorQuantizer
@@ -57,3 +62,24 @@ def test_time_is_the_median_after_a_first_call(monkeypatch):
     calls, clock = [], iter([0, 5, 10, 11, 20, 23])  # which begins and ends the second to fourth calls
     monkeypatch.setattr("machine.time.perf_counter", lambda: next(clock))
     assert median_seconds(lambda: calls.append(0), repeats=3) == 3 and len(calls) == 4
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton comes with PyTorch's builds for CUDA")
+def test_triton_kernel_gives_the_indices_of_the_plain_lookup():
+    code = """if True:
+        import torch
+        from quantizer import nearest_code
+        from triton_lookup import nearest_code_triton
+        for n, size, dim in (0, 8, 4), (1, 1, 1), (70, 130, 5), (100, 513, 40):
+            few = torch.randint(-3, 4, (max(1, size // 2), dim)).float()
+            codebook = few[torch.randint(len(few), (size,))]  # each code several times
+            z = torch.randint(-9, 10, (n, dim)) / 2
+            expected = nearest_code(z, codebook)
+            assert torch.equal(nearest_code_triton(z, codebook), expected)
+            assert torch.equal(nearest_code_triton(2.0**70 * z, 2.0**70 * codebook), expected)
+            assert torch.equal(nearest_code_triton(z + 100, codebook + 100), expected)
+            z, codebook = torch.randn(n, dim), torch.randn(size, dim)
+            assert torch.equal(nearest_code_triton(z, codebook), nearest_code(z, codebook))"""
+    # The interpreter has to be asked for before Triton is imported, so in a process of its own.
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
