@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from sklearn.decomposition import PCA
 from torch import Tensor
 from torchvision.utils import make_grid
@@ -78,8 +79,11 @@ def save_curves(path: Path, metrics: Path, title: str):
     plot_columns(test, rows, "test_mse", marker="o", color="tab:red", label="of the first 1,000 test images")
     plot_columns(codes, rows, "codes_used")
     plot_columns(codes, rows, "perplexity")
-    losses.set(yscale="log")
-    test.set(yscale="log")
+    for ax in (losses, test):
+        ax.set(yscale="log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")  # powers of ten would take as long as all else to set
+        ax.minorticks_off()
     codes.set(ylim=(0, None))
     # At a given height: to look for room among the labels would take as long as drawing them.
     losses.set_title("training losses (unweighted)", y=1)
@@ -87,7 +91,7 @@ def save_curves(path: Path, metrics: Path, title: str):
     codes.set_title("codebook, per logged interval", y=1)
     for ax in (losses, test, codes):
         ax.set_xlabel("step")
-        ax.grid(alpha=0.3, which="both")
+        ax.grid(alpha=0.3)
         ax.legend()
     figure.suptitle(title, parse_math=False)
     figure.savefig(path)
