@@ -16,7 +16,7 @@ from PIL import Image
 import loop
 import sample as sample_script
 import train_prior as script
-from checkpoint import load_checkpoint
+from checkpoint import load_checkpoint, read_file
 from data import load_dataset, to_pixels
 from sample import load_run, sample
 
@@ -52,6 +52,9 @@ def test_prior_leaves_its_files(prior_run):
     assert summary["test_bits_per_image"] == pytest.approx(summary["test_nats_per_code"] * 49 / np.log(2))
     held_out = [float(row["held_out_nats"]) for row in lines(prior_run) if row["held_out_nats"]]
     assert summary["held_out_nats_per_code_given_class"] == min(held_out) == held_out[summary["best_step"] // 4 - 1]
+    _, rows = script.held_out_split(read_file(prior_run / "codes.pt")["train"])
+    _, best = load_run(prior_run)
+    assert script.nats(best, rows) == pytest.approx(min(held_out))
 
 
 def test_nats_are_those_of_the_test_images_codes(prior_run):
