@@ -256,7 +256,7 @@ def batches(images: Images, order: Iterable[Tensor], device: torch.device) -> Ge
     else:
         if device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
             images = images.to(device)
-        ahead = device.type == "cuda"  # the host goes on while the GPU copies: what is copied has been put aside
+        ahead = device.type == "cuda"  # the host does not wait until the GPU has done what it was told before
         for indices in order:
             yield images[indices.to(images.device, non_blocking=ahead)].to(device, non_blocking=ahead)
 

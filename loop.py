@@ -165,7 +165,7 @@ def train_loop(
             bar.update()
             if not (saving or stopping or step % args.log_every == 0):
                 continue
-            # Only here does the host wait for a GPU, and the clock with it.
+            # Only here does the host wait for a GPU, if there is one process, and the clock with it.
             if not progress["sums"].isfinite().all():
                 raise FloatingPointError("a loss is NaN or infinite; lower the learning rate")
             progress["seconds"] = time.perf_counter() - began

@@ -50,7 +50,7 @@ def pick_device(device: str = "auto", precision: str = "auto", compile: bool = F
     """Choose the fastest device, and bfloat16 where it has hardware for it; under torchrun, a GPU per process.
 
     Raises:
-        ValueError: the device asked for is not there, or no C++ compiler, without which a CPU cannot `compile`.
+        ValueError: the device asked for is not there, or the compiler without which PyTorch cannot `compile`.
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
@@ -68,8 +68,9 @@ def pick_device(device: str = "auto", precision: str = "auto", compile: bool = F
         fast_bfloat16 = has.get("avx512_bf16") or has.get("amx_bf16")
     else:
         fast_bfloat16 = False
-    if compile and device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        raise ValueError("--compile needs a C++ compiler: install g++, name another by CXX, or leave it out")
+    variable, compiler = {"cpu": ("CXX", "g++")}.get(device, ("CC", "gcc"))
+    if compile and not shutil.which(os.environ.get(variable, compiler)):
+        raise ValueError(f"--compile needs a compiler: install {compiler}, name another by {variable}, or leave it out")
     if precision == "auto":
         precision = "bfloat16" if fast_bfloat16 else "float32"
     return torch.device(device), precision

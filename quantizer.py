@@ -86,7 +86,7 @@ class VectorQuantizer(nn.Module):
             self.codebook = nn.Parameter(codebook)
         self.register_buffer("ema_counts", torch.ones(codebook_size))
         self.register_buffer("started", torch.tensor(0 if kmeans_start else codebook_size))  # codes that have a start
-        self.all_started = not kmeans_start  # False: look at `started`, for which the host would wait for a GPU
+        self.all_started = not kmeans_start  # False: ask `started`, for which the host would wait for a GPU
         self.register_buffer("revived", torch.zeros(codebook_size, dtype=torch.bool), persistent=False)
 
     def forward(self, z_e: Tensor) -> Quantized:
@@ -94,8 +94,8 @@ class VectorQuantizer(nn.Module):
 
         Raises:
             ValueError: z_e has another number of channels or is not floating point.
-            FloatingPointError: z_e holds NaN or infinite values; the codebook is left as it was. On a GPU, which the
-                host would have to wait for, the losses are NaN or infinite instead.
+            FloatingPointError: z_e holds NaN or infinite values; the codebook is left as it was. Not on a GPU, which
+                would have to be waited for, nor where compiled: there the losses and codes turn NaN or infinite.
         """
         z = self._flatten(z_e)
         learning = self.training and (len(z) > 0 or processes() > 1)
@@ -128,7 +128,7 @@ class VectorQuantizer(nn.Module):
     def count(self, indices: Tensor) -> Tensor:
         """Count each code's uses, (K,) int64; counts of several batches add up, and `perplexity` reads them."""
         counts = torch.zeros(self.codebook_size, dtype=torch.int64, device=indices.device)
-        return counts.index_add_(0, indices.flatten(), torch.ones_like(indices).flatten())
+        return counts.index_add_(0, indices.flatten().long(), counts.new_ones(indices.numel()))
 
     def reset_revived(self, optimizer: torch.optim.Optimizer):
         """Zero the optimiser's moments of the codes revived since the last call, lest old momentum drags them away.
@@ -149,7 +149,7 @@ class VectorQuantizer(nn.Module):
         if not z_e.is_floating_point():
             raise ValueError(f"z_e is {z_e.dtype} but must be floating point")
         z = z_e.movedim(1, -1).reshape(-1, self.code_dim).float()
-        if z.is_cpu and not largest(z.detach()).isfinite():
+        if costs_nothing_to_ask(z) and not largest(z.detach()).isfinite():
             bad = int((~z.isfinite()).sum())
             raise FloatingPointError(f"{bad} of {z.numel()} values of z_e are NaN or infinite; lower the learning rate")
         return z
@@ -166,7 +166,7 @@ class VectorQuantizer(nn.Module):
     def _start(self, z):
         first = int(self.started)
         self.all_started = first == self.codebook_size
-        if self.all_started:
+        if self.all_started:  # as a checkpoint says
             return
         z = gather(z)
         distinct = z.unique(dim=0)  # equal vectors, as of an image's empty margin, would be one code many times over
@@ -175,7 +175,8 @@ class VectorQuantizer(nn.Module):
         self.codebook[first:last] = distinct[chosen]
         self.codebook[last:] = self.codebook[0]  # not chosen until it has a start of its own: ties go to the lowest
         self.started.fill_(last)
-        if last == self.codebook_size:
+        self.all_started = last == self.codebook_size
+        if self.all_started:
             for _ in range(KMEANS_ITERATIONS):
                 indices = nearest_code(z, self.codebook)
                 counts = self.count(indices)[:, None]
@@ -201,8 +202,8 @@ class VectorQuantizer(nn.Module):
     def _revive(self, z, counts):
         fair = self.ema_counts.mean()
         dead = (self.ema_counts < self.revive_below * fair) & (counts == 0)
-        if (z.is_cpu or processes() > 1) and not (dead.any() and counts.any()):
-            return  # asked only here: the host would wait for a GPU, at every step
+        if (costs_nothing_to_ask(z) or processes() > 1) and not (dead.any() and counts.any()):
+            return
         z = gather(z)
         # Equal vectors, as of an image's empty margin, have equal marks: only the first of each may become a code.
         marks, order = (z * torch.arange(1, self.code_dim + 1, device=z.device).sqrt()).sum(1).sort()
@@ -226,10 +227,11 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
     """Return argmin_k ||z_n - e_k||^2 for each vector z_n of z (N, D): (N,) int64, the lowest k of a tie.
 
     ||z_n||^2 is the same for all k, which leaves argmin_k 1/2 ||e_k||^2 - z_n . e_k: one matrix product, in chunks
-    of N so that memory does not grow with N x K. Distances are rounded as float32 rounds the largest ||e_k||^2, counted
-    from the middle of the codebook; of codes whose distances differ by less, either may be returned.
+    of N so that memory does not grow with N x K. Distances are rounded as float32 rounds ||e_k|| (||e_k|| + ||z_n||),
+    counted from the middle of the codebook; of codes whose distances differ by less, either may be returned. On a GPU
+    that holds as long as float32 matrix products are not allowed to use TF32, which they are not by default.
     """
-    scale, middle, codebook, half_square = prepared(z, codebook)
+    scale, middle, codebook, half_square = prepared(codebook)
     # Matrix products round differently in their last, incomplete blocks; filled up, equal codes get equal distances.
     filling = -len(codebook) % LOOKUP_BLOCK
     half_square, codebook = F.pad(half_square, (0, filling), value=torch.inf), F.pad(codebook, (0, 0, 0, filling))
@@ -249,10 +251,10 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
     return indices
 
 
-def prepared(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def prepared(codebook: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return scale, middle (D,), centred codebook (K, D) and 1/2 ||e_k||^2 (K,), for vectors scale z_n - middle."""
-    # Powers of two, by which no digit is lost, bring all values to where float32 holds their squares.
-    scale = 1 / power_of_two_above(torch.maximum(largest(z), largest(codebook)))
+    # A power of two, by which no digit is lost, brings the codes to where float32 holds their squares.
+    scale = 1 / power_of_two_above(largest(codebook))
     codebook = codebook * scale
     # Far from the origin ||e_k||^2 would drown the differences between codes, so that goes to their middle; rounded to
     # a power of two above their spread, lest the shift itself lose digits and with them exact ties.
@@ -269,8 +271,13 @@ def largest(values: Tensor) -> Tensor:
 
 
 def power_of_two_above(value: Tensor) -> Tensor:
-    """Return the least power of two from `value` on, where that and its inverse are normal float32 numbers."""
-    return torch.exp2(value.clamp(2.0**-126, 2.0**126).log2().ceil())
+    """Return the least power of two from `value` on, to float32's rounding, but none that vectors would overflow by."""
+    return torch.exp2(value.clamp(2.0**-100, 2.0**126).log2().ceil())
+
+
+def costs_nothing_to_ask(values: Tensor) -> bool:
+    """Return whether Python may look at values: the host would wait for a GPU, and a compiled graph would be cut."""
+    return values.is_cpu and not torch.compiler.is_compiling()
 
 
 def processes() -> int:

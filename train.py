@@ -153,14 +153,17 @@ def main(args: argparse.Namespace):
 
     def update(images: Tensor) -> Tensor:
         x = to_pixels(images, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bfloat16"):
+        optimizer.zero_grad()
+        # The start of the codebook asks for values all along, and is not compiled.
+        stance = "default" if all(quantizer.all_started for quantizer in quantizers) else "force_eager"
+        precision = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bfloat16")
+        with precision, torch.compiler.set_stance(stance):
             x_recon, levels = forward(x)
         recon_loss = ((x_recon - x) / model.std).square().mean()  # of normalised images
         codebook_loss = sum(level.codebook_loss for level in levels)
         commitment_loss = sum(level.commitment_loss for level in levels)
         loss = recon_loss + codebook_loss + args.beta * commitment_loss  # arXiv 1711.00937, equation 3
         share = len(x) / args.batch_size  # 1, or what of the batch is on this rank
-        optimizer.zero_grad()
         (loss * (share * ranks)).backward()  # DistributedDataParallel then averages over the ranks
         for quantizer in quantizers:
             quantizer.reset_revived(optimizer)

@@ -154,11 +154,11 @@ def main(args: argparse.Namespace):
         labels, targets = batch[:, 0], batch[:, 1:]
         hidden = torch.rand(args.batch_size, device=device).tensor_split(ranks)[rank] < NO_CLASS
         labels = labels.where(~hidden, prior.classes)
+        prior.zero_grad()
         with attention(), torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bfloat16"):
             logits = forward(targets, labels)
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
         share = len(batch) / args.batch_size  # 1, or what of the batch is on this rank
-        prior.zero_grad()
         (loss * (share * ranks)).backward()  # DistributedDataParallel then averages over the ranks
         torch.nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
         for optimizer in optimizers:

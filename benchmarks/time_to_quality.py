@@ -27,7 +27,7 @@ from machine import heading, train, write_json
 from data import batch_indices, load_dataset
 
 CLONES = ("ritheshkumar95", "MishaLaskin", "airalcorn2")
-STEPS = (200, 300, 400, 600, 1000, 1500, 2000, 3000, 5000)
+STEPS = (200, 300, 400, 500, 550, 600, 1000, 1500, 2000, 3000, 5000)
 
 
 def imported(folder: Path, module: str):

@@ -2,7 +2,7 @@
 
 The kernel keeps each vector's least distance in registers and never writes the N x K distances, of which the plain
 lookup writes a chunk at a time. Which is faster has not been measured yet, so training takes the plain one; where this
-script says that the kernel is, put it in the place of `nearest_code` in quantizer.py. Both prepare vectors and codes
+script says that the kernel is, call it from `nearest_code` in quantizer.py for tensors on a GPU. Both prepare the codes
 alike, in float32, and take the lowest index of a tie. Tests compare them in Triton's interpreter, which needs no GPU.
 """
 
@@ -46,8 +46,9 @@ def least_distance(
 
 def nearest_code_triton(z: Tensor, codebook: Tensor) -> Tensor:
     """Return what `quantizer.nearest_code` returns: (N,) int64 for z (N, D) and codebook (K, D)."""
-    scale, middle, codebook, half_square = prepared(z, codebook)
-    z, indices = torch.addcmul(-middle, z, scale), torch.empty(len(z), dtype=torch.int64, device=z.device)
+    scale, middle, codebook, half_square = prepared(codebook)
+    z, codebook = torch.addcmul(-middle, z, scale).contiguous(), codebook.contiguous()
+    indices = torch.empty(len(z), dtype=torch.int64, device=z.device)
     if len(z):
         programs = (triton.cdiv(len(z), TILES["ROWS"]),)
         least_distance[programs](z, codebook, half_square, indices, len(z), *codebook.shape, **TILES)

@@ -78,7 +78,7 @@ def test_triton_kernel_gives_the_indices_of_the_plain_lookup():
             assert torch.equal(nearest_code_triton(z, codebook), expected)
             assert torch.equal(nearest_code_triton(2.0**70 * z, 2.0**70 * codebook), expected)
             assert torch.equal(nearest_code_triton(z + 100, codebook + 100), expected)
-            z, codebook = torch.randn(n, dim), torch.randn(size, dim)
+            z, codebook = torch.randn(dim, n).T, torch.randn(dim, size).T
             assert torch.equal(nearest_code_triton(z, codebook), nearest_code(z, codebook))"""
     # The interpreter has to be asked for before Triton is imported, so in a process of its own.
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}"}

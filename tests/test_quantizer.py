@@ -90,6 +90,14 @@ def test_values_whose_squares_leave_float32_are_quantized_all_the_same(scale):
     assert torch.equal(make(codebook).eval()(z_e).indices, brute_force(z_e, codebook))
 
 
+@pytest.mark.parametrize(("z_scale", "code_scale"), [(1e-20, 1.0), (1e20, 1.0), (1.0, 1e20)])
+def test_vectors_and_codes_may_differ_in_scale(z_scale, code_scale):
+    z, codebook = torch.randn(50, 4), torch.randn(8, 4) * code_scale
+    z[:25] *= z_scale
+    assert torch.equal(nearest_code(z, codebook)[25:], brute_force(z[25:], codebook))
+    assert nearest_code(z, codebook).max() < 8
+
+
 @pytest.mark.parametrize("offset", [10.0, 1000.0])
 def test_vectors_far_from_the_origin_are_told_apart(offset):
     z_e, codebook = offset + torch.randn(50, 4) * 0.01, offset + torch.randn(8, 4) * 0.01

@@ -223,7 +223,7 @@ def test_device_that_is_not_there_is_refused(capsys, monkeypatch):
 
 def test_compiling_without_a_compiler_is_refused(capsys, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert "C++ compiler" in refusal(capsys, "--compile", "--device", "cpu", "--dataset", "digits")
+    assert "install g++" in refusal(capsys, "--compile", "--device", "cpu", "--dataset", "digits")
 
 
 @pytest.mark.slow

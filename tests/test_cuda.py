@@ -1,0 +1,53 @@
+"""What only a GPU can show; skipped where there is none."""
+
+import pytest
+import torch
+from conftest import rows, train
+
+import train as script
+from quantizer import nearest_code
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.mark.parametrize("lookup", ["plain", "triton"])
+@pytest.mark.parametrize(("size", "dim"), [(512, 64), (8192, 8)])
+def test_lookup_is_that_of_brute_force(lookup, size, dim):
+    torch.manual_seed(0)
+    z, codebook = torch.randn(300, dim, device="cuda"), torch.randn(size, dim, device="cuda")
+    expected = torch.cdist(z.double(), codebook.double()).argmin(1)
+    if lookup == "triton":
+        kernel = pytest.importorskip("triton_lookup")
+        assert torch.equal(kernel.nearest_code_triton(z, codebook), expected)
+    else:
+        assert torch.equal(nearest_code(z, codebook), expected)
+
+
+@pytest.mark.parametrize("way", ["--no-ema", "--ema"])
+def test_steps_do_not_make_the_host_wait(tmp_path, monkeypatch, way):
+    train_loop = script.train_loop
+
+    def watched_loop(*arguments):
+        *others, update, log, save = arguments
+        modes = iter(["default"])  # the first step starts the codebook, which waits
+
+        def watched(batch):
+            torch.cuda.set_sync_debug_mode(next(modes, "error"))
+            try:
+                return update(batch)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        train_loop(*others, watched, log, save)
+
+    monkeypatch.setattr(script, "train_loop", watched_loop)
+    train(tmp_path, "--steps=30", "--log-every=10", "--save-every=30", "--device=cuda", way)
+    assert len(rows(tmp_path)) == 3
+
+
+@pytest.mark.filterwarnings("default")  # the compiler's own
+def test_compiled_run_learns_as_the_eager_one_does(tmp_path):
+    for flag in ("--compile", "--no-compile"):
+        train(tmp_path / flag, "--steps=30", "--save-every=30", "--device=cuda", "--precision=float32", flag)
+    compiled, eager = (float(rows(tmp_path / flag)[-1]["test_mse"]) for flag in ("--compile", "--no-compile"))
+    assert compiled == pytest.approx(eager, rel=0.1)
