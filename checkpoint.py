@@ -9,13 +9,14 @@ import shlex
 import shutil
 import time
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from model import VQVAE, build_model
-from process import fail
+from process import command, fail
 from quantizer import processes
 
 FORMAT = 3
@@ -48,13 +49,8 @@ def writable_folder(path: str | Path) -> Path:
     return folder
 
 
-def prepare_folder(out_dir: str | Path, patterns: tuple[str, ...] = RUN_FILES) -> Path:
-    """Make the folder of a new run, moving what an earlier run left there into a dated folder inside it.
-
-    Raises:
-        OSError: the folder cannot be made or written to.
-    """
-    folder = writable_folder(out_dir)
+def prepare_folder(folder: Path, patterns: tuple[str, ...] = RUN_FILES):
+    """Move what an earlier run left in the folder of a new one into a dated folder inside it."""
     earlier = list({path for pattern in patterns for path in folder.glob(pattern)})
     if earlier:
         # The newest goes last: killed halfway, the next start finds the same name, and goes on.
@@ -66,7 +62,6 @@ def prepare_folder(out_dir: str | Path, patterns: tuple[str, ...] = RUN_FILES) -
         for path in earlier:
             path.rename(archive / path.name)
         print(f"moved the earlier run in {folder} to {archive}", flush=True)
-    return folder
 
 
 def write_whole(path: Path, content: bytes):
@@ -84,7 +79,7 @@ def write_whole(path: Path, content: bytes):
         raise
 
 
-def trim_metrics(path: Path, columns: tuple[str, ...], step: int):
+def trim_metrics(path: Path, columns: Sequence[str], step: int):
     """Keep the whole lines of metrics.csv up to a step: what came after a checkpoint will be done again."""
     lines = path.read_text().splitlines() if path.is_file() else []
     kept = [
@@ -220,5 +215,5 @@ def run_errors(folder: Path, progress: dict, name: str = CHECKPOINT):
 
 
 def resume_command(folder: Path, name: str) -> str:
-    start = "python" if processes() == 1 else "torchrun ..."
-    return f"{start} {SCRIPTS[name]} --resume {shlex.quote(str(folder))}"
+    words = SCRIPTS[name], "--resume", str(folder)
+    return command(*words) if processes() == 1 else f"torchrun ... {shlex.join(words)}"

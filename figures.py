@@ -1,4 +1,4 @@
-"""Every picture that training and evaluation leave in a run's folder.
+"""Every picture that training and sampling leave in a run's folder.
 
 Figures are drawn without a display, through matplotlib's Figure rather than pyplot, so that nothing global is touched.
 """
@@ -25,7 +25,7 @@ SAMPLES = 20  # rows and columns that a picture of samples has at most
 
 def images_per_row(width: int) -> int:
     """Return how many images of a width in pixels stand beside one another: large ones fewer, so that they show."""
-    return min(12, max(4, 1000 // width))
+    return min(12, max(4, WIDTH // width))
 
 
 def save_reconstructions(path: Path, rows: dict[str, Tensor], title: str):
@@ -76,7 +76,7 @@ def save_curves(path: Path, metrics: Path, title: str):
     plot_columns(losses, rows, "recon_loss")
     plot_columns(losses, rows, "codebook_loss")
     plot_columns(losses, rows, "commitment_loss", linestyle="--")  # it lies on the codebook loss
-    plot_columns(test, rows, "test_mse", marker="o", color="tab:red", label="of the first 1,000 test images")
+    plot_columns(test, rows, "test_mse", marker="o", color="tab:red")
     plot_columns(codes, rows, "codes_used")
     plot_columns(codes, rows, "perplexity")
     for ax in (losses, test):

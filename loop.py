@@ -52,7 +52,7 @@ def add_run_flags(parser: argparse.ArgumentParser, steps: int, batch_size: int, 
         "--compile",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="compile the network before the first step; on a CPU it gets no faster by that",
+        help="compile the network; on a CPU it gets no faster by that",
     )
 
 

@@ -5,6 +5,7 @@ import atexit
 import contextlib
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -74,6 +75,11 @@ def pick_device(device: str = "auto", precision: str = "auto", compile: bool = F
     if precision == "auto":
         precision = "bfloat16" if fast_bfloat16 else "float32"
     return torch.device(device), precision
+
+
+def command(*words) -> str:
+    """Return what to type to run a script of the project by the Python that runs this one."""
+    return shlex.join([sys.executable, *map(str, words)])
 
 
 def check_memory(make_model: Callable[[], nn.Module], device: torch.device):

@@ -1,7 +1,6 @@
 """Draw new images from a trained VQ-VAE and its prior: `python sample.py --run results`."""
 
 import argparse
-import shlex
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from data import to_pixels
 from images import decode
 from model import VQVAE
 from prior import Prior, build_prior, generate
-from process import number, pick_device, user_errors
+from process import command, number, pick_device, user_errors
 
 PER_CLASS = 10
 COMPLETIONS = 8  # of each image
@@ -30,7 +29,7 @@ def load_run(run: str | Path, device: torch.device | str = "cpu") -> tuple[VQVAE
     """
     vqvae, trained = load_checkpoint(run), load_checkpoint(run, PRIOR)
     if trained["vqvae"] != digest_of(run):
-        remedy = shlex.join(["python", "train_prior.py", "--run", str(run)])
+        remedy = command("train_prior.py", "--run", run)
         raise ValueError(f"the prior in {run} is that of another VQ-VAE; train it anew: {remedy}")
     prior = build_prior(trained["args"], trained["shape"])
     prior.load_state_dict(trained["best"]["model"])
@@ -106,8 +105,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     positive = number(int, 1, 2**31)
     parser.add_argument("--run", default="results", help="folder of the run")
-    parser.add_argument("--num", type=positive, help="images in all; by default 10 of each class")
-    parser.add_argument("--classes", type=class_list, help="of the images, as 3,7; by default all")
+    parser.add_argument("--num", type=positive, help="images in all; None: 10 of each class")
+    parser.add_argument("--classes", type=class_list, help="of the images, as 3,7; None: all")
     parser.add_argument("--temperature", type=above_zero, default=TEMPERATURE, help="below 1, likelier codes")
     parser.add_argument("--top-k", type=number(int, 0, 2**31), default=0, help="draw from so many codes; 0: all")
     parser.add_argument("--top-p", type=above_zero, default=TOP_P, help="draw from codes of this probability in all")

@@ -47,7 +47,7 @@ from process import (
 from quantizer import perplexity
 
 CODEBOOK_IMAGES = 100  # test images whose encoder outputs are drawn behind the codes
-CURVE_IMAGES = 1000  # test images behind the curve of the test MSE; summary.json is about all of them
+CURVE_IMAGES = 1000  # at most; test images behind the curve of the test MSE; summary.json is about all of them
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -76,7 +76,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--memory-limit",
         type=number(float, 0),
         metavar="GB",
-        help="images of a folder that take more are read from disk while training; by default half of the free memory",
+        help="images of a folder that take more are read from disk while training; None: half of the free memory",
     )
     group = parser.add_argument_group("model")
     group.add_argument("--codebook-size", type=positive, default=512, help="K, number of codes")
@@ -258,7 +258,7 @@ def write_metrics(folder: Path, args: argparse.Namespace, progress: dict, test_m
     with open(folder / "metrics.csv", "a", newline="") as file:
         csv.writer(file, lineterminator="\n").writerow([*row, test_mse, args.dataset])
     if test_mse is not None:
-        shown.append(f"test MSE {test_mse:.5f} of the first {CURVE_IMAGES:,}")
+        shown.append(f"test MSE {test_mse:.5f}")
     return ", ".join(shown)
 
 

@@ -11,7 +11,6 @@ import functools
 import io
 import json
 import math
-import shlex
 import time
 from pathlib import Path
 
@@ -50,6 +49,7 @@ from process import (
     agree,
     catch_signals,
     check_memory,
+    command,
     from_rank_0,
     join_processes,
     number,
@@ -82,7 +82,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--lr", type=rate, default=1e-2, help="highest learning rate of the blocks' matrices (Muon)")
     group.add_argument("--embedding-lr", type=rate, default=6e-3, help="highest learning rate of all else (AdamW)")
     group.add_argument("--weight-decay", type=rate, default=0.1, help="share of the learning rate that weights lose")
-    add_run_flags(parser, steps=4200, batch_size=64, what="a run whose prior is")
+    add_run_flags(parser, steps=4200, batch_size=64, what="a run with a prior")
     args = parse_run(parser, argv, folder_flag="run", name=PRIOR)
     if args.width % args.heads:
         parser.error(f"--width {args.width} must be a multiple of --heads, {args.heads}")
@@ -204,7 +204,7 @@ def main(args: argparse.Namespace):
         train_loop(args, resume, progress, groups, signals, train, device, update, log, save)
     if rank == 0:
         summary = json.loads((folder / "prior_summary.json").read_text())
-        draw = shlex.join(["python", "sample.py", "--run", str(folder)])
+        draw = command("sample.py", "--run", folder)
         print(
             f"{codes['dataset']}: {summary['test_nats_per_code']:.3f} nats per code of a test image without its class, "
             f"{summary['test_bits_per_image']:.0f} bits in all; to draw new ones: {draw}"

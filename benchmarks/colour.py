@@ -64,7 +64,7 @@ def measure(model, test_images: torch.Tensor) -> dict:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=argparse.SUPPRESS)
     parser.add_argument("--data", required=True, help="folder of 32x32 RGB images")
     parser.add_argument("--peers", required=True, type=Path, help="folder that holds clones, each named by its owner")
     parser.add_argument("--steps", type=int, nargs="+", default=[2000, 4000, 10_000], help="lengths of our runs")

@@ -24,7 +24,7 @@ LARGER_IS_BETTER = ("test_psnr", "codes_used")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=argparse.SUPPRESS)
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--repeats", type=int, default=3, help="seeds per row")
     parser.add_argument("--out", type=Path, default=Path("results", "quality.json"))

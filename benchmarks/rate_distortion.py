@@ -7,7 +7,7 @@ VQ-VAE with a PixelCNN (keras.io/examples/generative/vq_vae; K = 128, D = 16) by
 1.034 nats per code of 7x7.
 
 The priors are trained for about a quarter of their default steps, so that the nats are somewhat above what can be
-reached.
+reached. What earlier calls measured for other sizes stays in the JSON and in the plot.
 """
 
 import argparse
@@ -57,13 +57,15 @@ def main():
     print(machine)
     print("| K | test MSE | PSNR dB | nats per code | nats per image | seconds |")
     print("|---|---|---|---|---|---|")
-    rows = []
+    path = args.out_dir / "rate_distortion.json"
+    rows = {row["codebook_size"]: row for row in json.loads(path.read_text())["measured"]} if path.is_file() else {}
     for size in args.sizes:
-        rows.append(measure(args.out_dir / str(size), size, args))
+        rows[size] = measure(args.out_dir / str(size), size, args)
         line = "| {codebook_size} | {mse:.5f} | {psnr:.2f} | {nats_per_code:.3f} | {nats:.1f} | {seconds:.0f} |"
-        print(line.format(**rows[-1]), flush=True)
-        write_json(args.out_dir / "rate_distortion.json", machine, args, rows)
-        plot(args.out_dir / "rate_distortion.png", rows)
+        print(line.format(**rows[size]), flush=True)
+        ordered = [rows[size] for size in sorted(rows)]
+        write_json(path, machine, args, ordered)
+        plot(path.with_suffix(".png"), ordered)
 
 
 if __name__ == "__main__":

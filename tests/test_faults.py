@@ -148,7 +148,8 @@ def test_full_disk_ends_the_run_with_one_line_and_keeps_the_last_checkpoint(trai
     done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, preexec_fn=small_files)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     assert "cannot go on after step 40" in done.stderr and "File too large" in done.stderr
-    assert f"the checkpoint of step 30 is whole, to go on: python train.py --resume {trained_run}" in done.stderr
+    remedy = f"to go on: {sys.executable} train.py --resume {trained_run}"
+    assert f"the checkpoint of step 30 is whole, {remedy}" in done.stderr
     assert (trained_run / "checkpoint.pt").read_bytes() == before
     assert subprocess.run(run, capture_output=True, cwd=ROOT).returncode == 0
 

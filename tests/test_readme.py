@@ -54,7 +54,7 @@ def test_every_file_named_exists():
             "prior_curves.png",
             "samples.png",
             "completed.png",
-            "digit.png",
             "neighbours.png",
+            "samples/00000.png",
         }
         assert name in in_a_run or "recon_" in name or (ROOT / name).is_file(), name

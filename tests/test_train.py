@@ -108,7 +108,7 @@ def test_signal_stops_at_the_end_of_a_step_and_resuming_goes_on_exactly(finished
     returned, printed = stop(tmp_path, "--steps", "3000", "--save-every", "10", signum=signum)
     step = checkpoint.load_checkpoint(tmp_path)["progress"]["step"]
     assert returned == code and "Traceback" not in printed
-    assert f"stopped at step {step}; to go on: python train.py --resume {tmp_path}" in printed
+    assert f"stopped at step {step}; to go on: {sys.executable} train.py --resume {tmp_path}" in printed
     stopped = rows(tmp_path)
     resume = ["--resume", str(tmp_path), "--device", "cpu", "--steps", str(step + 25)]
     done = subprocess.run([sys.executable, ROOT / "train.py", *resume], capture_output=True, text=True, cwd=ROOT)
@@ -120,7 +120,7 @@ def test_signal_stops_at_the_end_of_a_step_and_resuming_goes_on_exactly(finished
 
 def test_command_to_go_on_with_can_be_pasted_whatever_the_folder():
     command = checkpoint.resume_command(Path("my run's"), checkpoint.PRIOR)
-    assert shlex.split(command) == ["python", "train_prior.py", "--resume", "my run's"]
+    assert shlex.split(command) == [sys.executable, "train_prior.py", "--resume", "my run's"]
 
 
 def stop_before(monkeypatch, folder, cut, *flags):
