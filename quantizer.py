@@ -242,8 +242,7 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
     row = torch.arange(rows, device=z.device)
     for chunk, chosen in zip(z.split(rows), indices.split(rows)):
         n = len(chunk)
-        shifted = torch.addcmul(-middle, chunk, scale)
-        torch.addmm(half_square, shifted, codebook.T, alpha=-1, out=distances[:n])
+        torch.addmm(half_square, shifted(chunk, scale, middle), codebook.T, alpha=-1, out=distances[:n])
         # The first block that holds the least distance, then where in it: argmin over a whole row is far slower.
         blocks = distances[:n].unflatten(1, (-1, LOOKUP_BLOCK))
         block = blocks.amin(2).argmin(1)
@@ -252,7 +251,7 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
 
 
 def prepared(codebook: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return scale, middle (D,), centred codebook (K, D) and 1/2 ||e_k||^2 (K,), for vectors scale z_n - middle."""
+    """Return scale, middle (D,), and of the codes scaled and counted from there (K, D) and 1/2 ||e_k||^2 (K,)."""
     # A power of two, by which no digit is lost, brings the codes to where float32 holds their squares.
     scale = 1 / power_of_two_above(largest(codebook))
     codebook = codebook * scale
@@ -265,14 +264,19 @@ def prepared(codebook: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return scale, middle, codebook, codebook.square().sum(1) / 2
 
 
+def shifted(z: Tensor, scale: Tensor, middle: Tensor) -> Tensor:
+    """Return scale z - middle, kept to where products with codes are finite if z is larger by far than all codes."""
+    return torch.addcmul(-middle, z, scale).clamp_(-(2.0**100), 2.0**100)
+
+
 def largest(values: Tensor) -> Tensor:
     """Return the largest magnitude, a scalar; NaN where there is one."""
     return values.abs().amax() if values.numel() else values.new_zeros(())
 
 
 def power_of_two_above(value: Tensor) -> Tensor:
-    """Return the least power of two from `value` on, to float32's rounding, but none that vectors would overflow by."""
-    return torch.exp2(value.clamp(2.0**-100, 2.0**126).log2().ceil())
+    """Return the least power of two from `value` on, to float32's rounding, where that and its inverse are normal."""
+    return torch.exp2(value.clamp(2.0**-126, 2.0**126).log2().ceil())
 
 
 def costs_nothing_to_ask(values: Tensor) -> bool:

@@ -76,7 +76,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--memory-limit",
         type=number(float, 0),
         metavar="GB",
-        help="images of a folder that take more are read from disk while training; None: half of the free memory",
+        help="images of a folder that take more are read from disk while training; by default half of the free memory",
     )
     group = parser.add_argument_group("model")
     group.add_argument("--codebook-size", type=positive, default=512, help="K, number of codes")

@@ -16,7 +16,7 @@ from machine import median_seconds, write_json
 from torch import Tensor
 
 from process import pick_device, user_errors
-from quantizer import nearest_code, prepared
+from quantizer import nearest_code, prepared, shifted
 
 TILES = {"ROWS": 64, "CODES": 64, "DIMS": 32}  # vectors, codes, and dimensions of a product at a time
 
@@ -47,7 +47,7 @@ def least_distance(
 def nearest_code_triton(z: Tensor, codebook: Tensor) -> Tensor:
     """Return what `quantizer.nearest_code` returns: (N,) int64 for z (N, D) and codebook (K, D)."""
     scale, middle, codebook, half_square = prepared(codebook)
-    z, codebook = torch.addcmul(-middle, z, scale).contiguous(), codebook.contiguous()
+    z, codebook = shifted(z, scale, middle).contiguous(), codebook.contiguous()
     indices = torch.empty(len(z), dtype=torch.int64, device=z.device)
     if len(z):
         programs = (triton.cdiv(len(z), TILES["ROWS"]),)
