@@ -251,7 +251,7 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
 
 
 def prepared(codebook: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return scale, middle (D,), and of the codes scaled and counted from there (K, D) and 1/2 ||e_k||^2 (K,)."""
+    """Return scale, middle (D,), the codes e_k as scale e_k - middle (K, D), and 1/2 ||e_k||^2 (K,) of these."""
     # A power of two, by which no digit is lost, brings the codes to where float32 holds their squares.
     scale = 1 / power_of_two_above(largest(codebook))
     codebook = codebook * scale
@@ -265,7 +265,7 @@ def prepared(codebook: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def shifted(z: Tensor, scale: Tensor, middle: Tensor) -> Tensor:
-    """Return scale z - middle, kept to where products with codes are finite if z is larger by far than all codes."""
+    """Return scale z - middle (N, D), cut off where products with codes would be infinite: far beyond all codes."""
     return torch.addcmul(-middle, z, scale).clamp_(-(2.0**100), 2.0**100)
 
 

@@ -47,7 +47,7 @@ from process import (
 from quantizer import perplexity
 
 CODEBOOK_IMAGES = 100  # test images whose encoder outputs are drawn behind the codes
-CURVE_IMAGES = 1000  # at most; test images behind the curve of the test MSE; summary.json is about all of them
+CURVE_IMAGES = 1000  # test images, at most, behind the curve of the test MSE; summary.json is about all of them
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
