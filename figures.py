@@ -109,7 +109,9 @@ def save_codebooks(path: Path, names: list[str], codebooks: list, counts: list, 
 
     Both are projected on the two directions in which the encoder's outputs vary most (PCA).
     """
-    figure = Figure(figsize=(13, 6 * len(names)), dpi=110, layout="constrained")
+    height = 6 * len(names)  # inches
+    figure = Figure(figsize=(13, height), dpi=110)
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.55 / height, top=1 - 0.75 / height, wspace=0.18)
     axes = figure.subplots(len(names), 2, width_ratios=(3, 2), squeeze=False)
     for (plane, histogram), name, *level in zip(axes, names, codebooks, counts, z_e):
         draw_codebook(plane, histogram, name, *level)
@@ -136,7 +138,7 @@ def draw_codebook(plane: Axes, histogram: Axes, name: str, codebook: Tensor, cou
     plane.set(title=f"{name}codes among the encoder's outputs (PCA, {share:.0%} of the variance)", xticks=[], yticks=[])
     for mark in plane.legend().legend_handles:
         mark.set_sizes([20])
-    histogram.bar(np.arange(len(counts)), np.sort(counts)[::-1] / max(counts.sum(), 1), width=1.0)
+    histogram.stairs(np.sort(counts)[::-1] / max(counts.sum(), 1), fill=True)  # one shape, where bars would be K
     histogram.axhline(1 / len(counts), color="black", linestyle="--", linewidth=1, label="if all were used equally")
     histogram.set(title=f"{used.sum()} of {len(counts)} {name}codes used", xlabel="codes, most used first")
     histogram.set(ylabel="share of all positions", yscale="log" if used.any() else "linear")

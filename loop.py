@@ -144,6 +144,8 @@ def train_loop(
         save: writes a checkpoint. Called last of all, by rank 0, so that whatever it counts as done is on disk.
     """
     ranks, rank = processes(), dist.get_rank() if processes() > 1 else 0
+    if rank == 0 and progress["step"] == 0:
+        save()  # so that there is something to resume from the first step on
     hidden = rank > 0 or not (sys.stderr.isatty() and sys.stdout.isatty())
     bar = tqdm(total=args.steps, initial=progress["step"], disable=hidden, dynamic_ncols=True)
     began = time.perf_counter() - progress["seconds"]

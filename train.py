@@ -191,8 +191,6 @@ def main(args: argparse.Namespace):
     with run_errors(folder, progress):
         if rank == 0:
             trim_metrics(folder / "metrics.csv", columns(args.levels), progress["step"])
-            if not checkpoint:
-                save()  # so that there is something to resume from the first step on
         resume, images = resume_command(folder, CHECKPOINT), data.train_images
         train_loop(args, resume, progress, optimizer.param_groups, signals, images, device, update, log, save)
     if rank == 0:
@@ -287,6 +285,7 @@ def finish(
     began: float,
 ):
     """Measure the model on all test images, draw its codebooks, and write the summary; the clock stood at `began`."""
+    training_seconds = progress["seconds"]  # to the last step; the run's go on until all is measured
     measured, counts = evaluate(model, data.test_images)
     with torch.inference_mode():
         z_e = model.z_e(to_pixels(images[:CODEBOOK_IMAGES], model.mean.device))
@@ -295,9 +294,9 @@ def finish(
     title = f"{data.name}, step {progress['step']:,}"
     figures.save_codebooks(folder / "codebook.png", names, codebooks, counts, z_e, title)
     progress["seconds"] += time.perf_counter() - began
-    rate = progress["step"] * args.batch_size / progress["seconds"]
     summary = {"dataset": data.name, "steps": progress["step"], "seconds": progress["seconds"]}
-    summary |= {"images_per_second": rate, **measured, "arguments": vars(args)}
+    rate = progress["step"] * args.batch_size / training_seconds
+    summary |= {"training_seconds": training_seconds, "images_per_second": rate, **measured, "arguments": vars(args)}
     write_whole(folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
 
 

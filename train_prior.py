@@ -197,8 +197,6 @@ def main(args: argparse.Namespace):
     with run_errors(folder, progress, PRIOR):
         if rank == 0:
             trim_metrics(folder / "prior_metrics.csv", COLUMNS, progress["step"])
-            if not checkpoint:
-                save()  # so that there is something to resume from the first step on
         resume = resume_command(folder, PRIOR)
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         train_loop(args, resume, progress, groups, signals, train, device, update, log, save)
