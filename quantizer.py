@@ -103,8 +103,8 @@ class VectorQuantizer(nn.Module):
             self._start(z.detach())
         indices = nearest_code(z.detach(), self.codebook.detach())
         codes = F.embedding(indices, self.codebook)
-        codebook_loss = (codes - z.detach()).square().sum() / max(z.numel(), 1)
-        commitment_loss = (z - codes.detach()).square().sum() / max(z.numel(), 1)
+        codebook_loss = F.mse_loss(codes, z.detach(), reduction="sum") / max(z.numel(), 1)
+        commitment_loss = F.mse_loss(z, codes.detach(), reduction="sum") / max(z.numel(), 1)
         if learning:
             self._update(z.detach(), indices)
         z_q = codes.detach() + (z - z.detach())  # exactly the codes, with the gradient of z
