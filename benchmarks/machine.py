@@ -4,6 +4,7 @@ import argparse
 import datetime
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -46,6 +47,14 @@ def train(*flags) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         memory = run("train.py", "--out-dir", folder, *flags)
         return json.loads(Path(folder, "summary.json").read_text()) | {"memory": memory}
+
+
+def peak_memory() -> int:
+    """Return the most memory that this process has held, in bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # for getrusage, where there is this, counts what the process held that started this one
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def median_seconds(function: Callable[[], object], repeats: int = 5) -> float:
