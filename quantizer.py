@@ -275,7 +275,7 @@ def largest(values: Tensor) -> Tensor:
 
 
 def power_of_two_above(value: Tensor) -> Tensor:
-    """Return the least power of two from `value` on, to float32's rounding, where that and its inverse are normal."""
+    """Return the least power of two >= value, to float32's rounding, clamped so that its inverse is a normal number."""
     return torch.exp2(value.clamp(2.0**-126, 2.0**126).log2().ceil())
 
 

@@ -285,7 +285,6 @@ def finish(
     began: float,
 ):
     """Measure the model on all test images, draw its codebooks, and write the summary; the clock stood at `began`."""
-    training_seconds = progress["seconds"]  # to the last step; the run's go on until all is measured
     measured, counts = evaluate(model, data.test_images)
     with torch.inference_mode():
         z_e = model.z_e(to_pixels(images[:CODEBOOK_IMAGES], model.mean.device))
@@ -293,8 +292,12 @@ def finish(
     names = [f"{of[1:]} " * bool(of) for of in LEVELS[args.levels]]
     title = f"{data.name}, step {progress['step']:,}"
     figures.save_codebooks(folder / "codebook.png", names, codebooks, counts, z_e, title)
-    progress["seconds"] += time.perf_counter() - began
-    summary = {"dataset": data.name, "steps": progress["step"], "seconds": progress["seconds"]}
+    training_seconds = progress["seconds"]  # those after the last step come on top
+    summary = {
+        "dataset": data.name,
+        "steps": progress["step"],
+        "seconds": training_seconds + time.perf_counter() - began,
+    }
     rate = progress["step"] * args.batch_size / training_seconds
     summary |= {"training_seconds": training_seconds, "images_per_second": rate, **measured, "arguments": vars(args)}
     write_whole(folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())

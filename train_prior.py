@@ -275,9 +275,9 @@ def finish(folder: Path, args: argparse.Namespace, prior: Prior, best: dict, cod
     measured["test_nats_per_code"] = nats(prior, codes["test"], any_class=True)
     nats_per_image = measured["test_nats_per_code"] * prior.length
     prior.load_state_dict(latest)
-    progress["seconds"] += time.perf_counter() - began
+    seconds = progress["seconds"] + time.perf_counter() - began
     summary = {"dataset": codes["dataset"], "steps": progress["step"], "best_step": best["step"]}
-    summary |= {"seconds": progress["seconds"], **measured, "test_nats_per_image": nats_per_image}
+    summary |= {"seconds": seconds, **measured, "test_nats_per_image": nats_per_image}
     summary |= {"test_bits_per_image": nats_per_image / math.log(2), "arguments": vars(args)}
     write_whole(folder / "prior_summary.json", (json.dumps(summary, indent=2) + "\n").encode())
 

@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 import resource
+import runpy
 import statistics
 import subprocess
 import sys
@@ -31,21 +32,19 @@ def write_json(path: Path, machine: str, args: argparse.Namespace, measured):
     path.write_text(json.dumps(content, indent=2, default=str) + "\n")
 
 
-def run(script: str, *flags) -> float:
-    """Run a script of the repository on the CPU, in two threads; return its peak memory in GB."""
-    command = [sys.executable, ROOT / script, "--device=cpu", *map(str, flags)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "2"})
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+def run(script: str, *flags, device: str = "cpu") -> float:
+    """Run a script of the repository, in two threads; return its peak memory in GB."""
+    command = [sys.executable, __file__, ROOT / script, f"--device={device}", *map(str, flags)]
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
     if process.returncode:
         sys.exit(f"{script} {' '.join(map(str, flags))} failed with exit code {process.returncode}")
-    return usage.ru_maxrss * (1024 if sys.platform != "darwin" else 1) / 1e9
+    return int(process.stdout.splitlines()[-1]) / 1e9
 
 
-def train(*flags) -> dict:
+def train(*flags, device: str = "cpu") -> dict:
     """Return the summary of a whole run of train.py, with its peak memory in GB."""
     with tempfile.TemporaryDirectory() as folder:
-        memory = run("train.py", "--out-dir", folder, *flags)
+        memory = run("train.py", "--out-dir", folder, *flags, device=device)
         return json.loads(Path(folder, "summary.json").read_text()) | {"memory": memory}
 
 
@@ -66,3 +65,9 @@ def median_seconds(function: Callable[[], object], repeats: int = 5) -> float:
         function()
         taken.append(time.perf_counter() - began)
     return statistics.median(taken)
+
+
+if __name__ == "__main__":  # what `run` starts: a script with its flags, and then its peak memory
+    del sys.argv[0]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    print(peak_memory())

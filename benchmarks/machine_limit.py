@@ -5,17 +5,20 @@ precision reaches in the same run, and that all else (input, pictures, metrics, 
 time. How far it is from them, and why, stands in benchmarks/README.md.
 
 A step's FLOPs, forward and backward, are counted by PyTorch: those of convolutions and matrix products, of which the
-lookup is one, in float32 also where the network is in bfloat16. They are divided by the median time of a step of a run
-of train.py with its defaults. The ceilings are the best of three 3x3 convolutions, forward and backward, and a product
-of two matrices of 4,096 x 4,096. Then the same run with --compile: how many steps pay for the compiling. All in two
+lookup is one, in float32 also where the network is in bfloat16. They are divided by the mean time of a step of a run of
+train.py with its defaults, without the first ones, in which the codebook starts. The ceilings are the best of three 3x3
+convolutions, forward and backward, and a product of two matrices of 4,096 x 4,096. Then what takes the time of a step,
+by torch.profiler, and short runs in turns with and without --compile: how many steps pay for the compiling. All in two
 threads.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,6 +29,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from model import VQVAE
 from process import pick_device, user_errors
+
+FIRST = 20  # steps in which the codebook starts and what is compiled is compiled
+PROFILED = 50
 
 train_loop = train.train_loop
 
@@ -43,7 +49,7 @@ def convolution(width: int, size: int, dtype: torch.dtype):
     x = torch.randn(32, width, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
     weight, gradient = torch.randn(width, width, 3, 3, dtype=dtype, requires_grad=True), torch.ones_like(x)
     flops = 3 * 2 * 9 * width * x.numel()  # forward, and backward to the input and to the weight
-    return lambda: F.conv2d(x, weight, padding=1).backward(gradient), flops
+    return lambda: torch.autograd.grad(F.conv2d(x, weight, padding=1), (x, weight), gradient), flops
 
 
 def ceilings(dtype: torch.dtype) -> dict[str, float]:
@@ -53,34 +59,66 @@ def ceilings(dtype: torch.dtype) -> dict[str, float]:
     return {"product": 2 * 4096**3 / median_seconds(lambda: a @ b), "convolution": max(rates)}
 
 
-def train_timed(args: argparse.Namespace, *flags) -> dict[str, float]:
-    """Run train.py; return the median seconds of a step, those of the longest, and the share that is no step."""
+def run(args: argparse.Namespace, steps: int, wrap: Callable, *flags) -> float:
+    """Run train.py with what makes a step wrapped; return the seconds of the run."""
+
+    def loop(*arguments):
+        *others, update, log, save = arguments
+        train_loop(*others, wrap(update), log, save)
+
+    train.train_loop = loop
+    with tempfile.TemporaryDirectory() as folder:
+        where = ["--dataset", "mnist", "--data-dir", args.data_dir, "--out-dir", folder, "--device", "cpu"]
+        train.main(train.parse_args([*where, "--steps", str(steps), *flags]))
+        return json.loads(Path(folder, "summary.json").read_text())["seconds"]
+
+
+def timed(args: argparse.Namespace, steps: int, *flags) -> dict[str, float]:
+    """Return the mean seconds of a step, those of the longest, and the share of the run's that no step took."""
     taken = []
 
-    def timed_loop(*arguments):
-        *others, update, log, save = arguments
-
-        def timed(batch):
+    def wrap(update):
+        def step(batch):
             began = time.perf_counter()
             sums = update(batch)
             taken.append(time.perf_counter() - began)
             return sums
 
-        train_loop(*others, timed, log, save)
+        return step
 
-    train.train_loop = timed_loop
-    with tempfile.TemporaryDirectory() as folder:
-        run = ["--dataset", "mnist", "--data-dir", args.data_dir, "--out-dir", folder, "--steps", str(args.steps)]
-        train.main(train.parse_args([*run, "--device", "cpu", *flags]))
-        seconds = json.loads(Path(folder, "summary.json").read_text())["seconds"]
-    step = statistics.median(taken)
-    return {"seconds_of_a_step": step, "longest": max(taken), "no_step": 1 - sum(taken) / seconds}
+    seconds = run(args, steps, wrap, *flags)
+    later = statistics.mean(taken[FIRST:])
+    return {"seconds_of_a_step": later, "longest": max(taken), "no_step": 1 - sum(taken) / seconds}
+
+
+def profiled(args: argparse.Namespace, *flags) -> dict[str, float]:
+    """Return the operations that take most of a step's time, and their shares of it."""
+    profiler, calls = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]), itertools.count()
+
+    def wrap(update):
+        def step(batch):
+            call = next(calls)
+            if call == FIRST:
+                profiler.start()
+            sums = update(batch)
+            if call == FIRST + PROFILED - 1:
+                profiler.stop()
+            return sums
+
+        return step
+
+    run(args, FIRST + PROFILED, wrap, *flags)
+    operations = sorted(profiler.key_averages(), key=lambda operation: -operation.self_cpu_time_total)
+    total = sum(operation.self_cpu_time_total for operation in operations)
+    return {operation.key: operation.self_cpu_time_total / total for operation in operations[:12]}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=argparse.SUPPRESS)
     parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--steps", type=int, default=10_000, help="of each run; fewer make pictures a larger share")
+    parser.add_argument("--steps", type=int, default=10_000, help="of a run; fewer make pictures a larger share")
+    parser.add_argument("--compiled-steps", type=int, default=500, help="of each run with and without --compile")
+    parser.add_argument("--repeats", type=int, default=3, help="of the runs with and without --compile")
     parser.add_argument("--out", type=Path, default=Path("results", "machine_limit.json"))
     args = parser.parse_args()
     with user_errors():
@@ -88,24 +126,32 @@ def main():
     torch.set_num_threads(2)
     flops, rows = flops_of_a_step(), []
     for precision in ("bfloat16", "float32"):
+        flag = f"--precision={precision}"
         row = {"precision": precision, **ceilings(getattr(torch, precision))}
-        row |= train_timed(args, "--precision", precision)
+        row |= timed(args, args.steps, flag) | {"operations": profiled(args, flag)}
         rows.append(row | {"step": flops / row["seconds_of_a_step"]})
-    compiled = train_timed(args, "--compile")
+    ways = {"eager": [], "compiled": []}
+    for _ in range(args.repeats):
+        for way, flag in zip(ways, ("--no-compile", "--compile")):
+            ways[way].append(timed(args, args.compiled_steps, flag))
     machine = heading(f"a step of 32 images: {flops / 1e9:.2f} GFLOP")
     print(machine)
-    print("| precision | steps/s | GFLOP/s | of a convolution's | of a matrix product's | time that is no step |")
+    print("| precision | steps/s | GFLOP/s | of a convolution's | of a matrix product's | time outside of steps |")
     print("|---|---|---|---|---|---|")
     for row in rows:
         cells = [row["precision"], f"{1 / row['seconds_of_a_step']:.1f}", f"{row['step'] / 1e9:.0f}"]
         cells += [f"{row['step'] / row[of]:.0%} of {row[of] / 1e9:.0f}" for of in ("convolution", "product")]
         print("|", " | ".join(cells), f"| {row['no_step']:.1%} |")
-    eager = min(rows, key=lambda row: row["seconds_of_a_step"])
-    step, more = compiled["seconds_of_a_step"], compiled["longest"]  # in which it is compiled
-    slower, saved = step / eager["seconds_of_a_step"], eager["seconds_of_a_step"] - step
-    pays = f"pays after {more / saved:,.0f} steps" if saved > 0 else "never pays"
-    print(f"--compile takes {more:.0f} s, makes a step take {slower:.2f} times as long, and so {pays}")
-    write_json(args.out, machine, args, {"flops_of_a_step": flops, "rows": rows, "compiled": compiled})
+    for row in rows:
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in row["operations"].items())
+        print(f"a step in {row['precision']}: {shares}")
+    slower = [b["seconds_of_a_step"] / a["seconds_of_a_step"] for a, b in zip(*ways.values())]
+    eager, compiled = (statistics.median(run["seconds_of_a_step"] for run in runs) for runs in ways.values())
+    more = max(run["longest"] for run in ways["compiled"])  # in which it is compiled
+    pays = f"pays after {more / (eager - compiled):,.0f} steps" if compiled < eager else "never pays"
+    spread = f"{min(slower):.2f} to {max(slower):.2f}"
+    print(f"--compile takes {more:.0f} s, makes a step take {spread} times as long, and so {pays}")
+    write_json(args.out, machine, args, {"flops_of_a_step": flops, "rows": rows, **ways})
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ What several processes cost on processors that one could use alone is shown as w
 
 Each point is a run of train.py on the embedded digits, on the CPU, in two threads, which on the last axis the processes
 share; microseconds per image are the median over the second half of its log's intervals, when codes are being revived,
-but the last. Defaults: K = 512, batches of 32, 28x28, one process.
+but the last. All points are measured in turns, and of their repeats the median is taken. Defaults: K = 512, batches of
+32, 28x28, one process.
 """
 
 import argparse
@@ -26,6 +27,7 @@ AXES = {
     "image size": ("--image-size", [28, 56, 112, 224]),
     "processes": ("--nproc-per-node", [1, 2]),
 }
+DEFAULTS = {"--codebook-size": 512, "--batch-size": 32, "--image-size": 28, "--nproc-per-node": 1}
 LINES = 14  # of the log
 
 
@@ -66,16 +68,26 @@ def plot(path: Path, measured: dict[str, dict[int, float]]):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=argparse.SUPPRESS)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out-dir", type=Path, default=Path("results"))
     args = parser.parse_args()
     machine = heading()
     print(machine)
+    points = [(flag, value) for flag, values in AXES.values() for value in values if value != DEFAULTS[flag]]
+    default = points[0][0], DEFAULTS[points[0][0]]  # one point of all axes
+    costs = {point: [] for point in [default, *points]}
+    for _ in range(args.repeats):
+        for point in costs:
+            costs[point].append(microseconds_per_image(*point))
     measured = {}
     for name, (flag, values) in AXES.items():
-        measured[name] = {value: microseconds_per_image(flag, value) for value in values}
+        measured[name] = {value: statistics.median(costs.get((flag, value), costs[default])) for value in values}
         shown = ", ".join(f"{value:,}: {cost:,.0f}" for value, cost in measured[name].items())
-        print(f"microseconds per image by {name}: {shown}", flush=True)
-        write_json(args.out_dir / "scaling.json", machine, args, measured)
+        print(f"microseconds per image by {name}: {shown}")
+    spread = max(max(taken) / min(taken) for taken in costs.values())
+    print(f"a point's highest cost is at most {spread:.2f} times its lowest")
+    runs = {f"{flag}={value}": taken for (flag, value), taken in costs.items()}
+    write_json(args.out_dir / "scaling.json", machine, args, {"medians": measured, "runs": runs})
     plot(args.out_dir / "scaling.png", measured)
 
 

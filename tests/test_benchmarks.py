@@ -10,7 +10,10 @@ import pytest
 import torch
 from generation import distance_within, frechet
 from machine import ROOT, median_seconds
-from quantizer_speed import Textbook
+from machine_limit import convolution, flops_of_a_step
+from quantizer_speed import Textbook, differing
+from time_to_quality import measure
+from torch.utils.flop_counter import FlopCounterMode
 
 from quantizer import VectorQuantizer
 
@@ -56,6 +59,46 @@ def test_textbook_layer_does_what_ours_does(ema):
         results += [[z_q, loss, x.grad, layer.codebook if ema else layer.codebook.grad]]
     for a, b in zip(*results):
         torch.testing.assert_close(a, b)
+
+
+def test_indices_that_are_not_the_nearest_are_counted(monkeypatch):
+    z, codebook = torch.randn(300, 8), torch.randn(70, 8)
+    nearest = torch.cdist(z, codebook).argmin(1)
+    monkeypatch.setattr("quantizer.nearest_code", lambda *_: nearest)
+    assert differing(z, codebook) == 0
+    nearest[::3] = (nearest[::3] + 1) % 70
+    assert differing(z, codebook) == 100
+
+
+def test_memory_is_the_process_s_own():
+    """Not that of the process that started it, which has held more."""
+    code = """if True:
+        from machine import peak_memory
+        before = peak_memory()
+        held = b"1" * 10**8
+        print(peak_memory() - before)"""
+    assert b"1" * (5 * 10**8)
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}
+    grown = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, check=True).stdout
+    assert 0.9e8 < int(grown) < 1.2e8
+
+
+def test_flops_are_those_of_the_layers():
+    function, flops = convolution(8, 10, torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        function()
+    assert counter.get_total_flops() == flops
+    images = 2  # twice the images, twice the work
+    assert flops_of_a_step(2 * images) == pytest.approx(2 * flops_of_a_step(images), rel=0.01)
+
+
+def test_error_of_the_others_is_the_mean_over_images():
+    images = torch.randint(50, 200, (600, 1, 4, 4), dtype=torch.uint8)
+    scale = torch.tensor([0.1, 0.01]).repeat(300).view(-1, 1, 1, 1)  # off by that everywhere
+    at = iter(scale.split(250))
+    measured = measure(lambda x: (None, x / 255 + next(at)), images)
+    assert measured["test_mse"] == pytest.approx((0.01 + 0.0001) / 2, rel=1e-4)
+    assert measured["test_psnr"] == pytest.approx((20 + 40) / 2, rel=1e-4)
 
 
 def test_time_is_the_median_after_a_first_call(monkeypatch):

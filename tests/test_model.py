@@ -131,6 +131,17 @@ def test_all_parameters_learn(levels):
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
+def test_bfloat16_changes_reconstructions_by_its_rounding_alone():
+    model, x = make().eval(), torch.rand(8, 1, 28, 28)
+    for block in (m for m in model.modules() if type(m).__name__ == "ResidualBlock"):
+        torch.nn.init.normal_(block[-1].weight, std=0.1)
+    indices = model.encode(x)  # the same for both: of two codes at like distances rounding may choose either
+    expected = model.decode(indices)
+    with torch.autocast("cpu", torch.bfloat16):
+        close = model.decode(indices)
+    assert 0 < (close - expected).abs().max() < 0.02
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("default")  # the compiler's own
 def test_compiled_model_takes_the_steps_of_the_eager_one():

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prior import Prior, generate, restrict
 
@@ -20,6 +21,15 @@ def prior(request):
 def some_codes(prior, n=5):
     generator = torch.Generator().manual_seed(1)
     return torch.randint(K, (n, prior.length), generator=generator), torch.randint(4, (n,), generator=generator)
+
+
+def test_attention_as_matrix_products_is_the_fused_one(prior):
+    """Which training takes in bfloat16 on a processor, where the fused kernel is slower."""
+    codes, labels = some_codes(prior)
+    with sdpa_kernel(SDPBackend.MATH):
+        products = prior(codes, labels)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        torch.testing.assert_close(prior(codes, labels), products, atol=1e-3, rtol=1e-3)
 
 
 def test_each_code_is_predicted_from_those_before_it_alone(prior):
