@@ -141,7 +141,8 @@ def train_loop(
         update: takes a batch, makes a step of the optimiser, and returns what to add up over steps and processes.
         log: writes the metrics since the last log and, if its argument says that the run saves here, its pictures;
             returns the line to show. Called where all `sums` are finite, by rank 0.
-        save: writes a checkpoint. Called by rank 0 at the start, and after `log`, so that all it counts is on disk.
+        save: writes a checkpoint. Called by rank 0 before the first step of all, and after `log`, so that whatever it
+            counts as done is on disk.
     """
     ranks, rank = processes(), dist.get_rank() if processes() > 1 else 0
     if rank == 0 and progress["step"] == 0:
@@ -167,7 +168,7 @@ def train_loop(
             bar.update()
             if not (saving or stopping or step % args.log_every == 0):
                 continue
-            # With one process, the host waits for a GPU only from here on, so the clock is read here.
+            # With one process, the host waits for a GPU only in this check, after which the clock is read.
             if not progress["sums"].isfinite().all():
                 raise FloatingPointError("a loss is NaN or infinite; lower the learning rate")
             progress["seconds"] = time.perf_counter() - began

@@ -32,9 +32,9 @@ LINES = 14  # of the log
 
 
 def microseconds_per_image(flag: str, value: int) -> float:
-    batch_size = value if flag == "--batch-size" else 32
-    every = max(1, 3200 // batch_size) if flag != "--image-size" else max(1, 100 * 28**2 // value**2)
-    processes = value if flag == "--nproc-per-node" else 1
+    point = DEFAULTS | {flag: value}
+    batch_size, size, processes = (point[name] for name in ("--batch-size", "--image-size", "--nproc-per-node"))
+    every = max(1, 3200 * 28**2 // (batch_size * size**2))  # steps between lines of the log
     with tempfile.TemporaryDirectory() as folder:
         steps = LINES * every
         flags = ["--dataset=digits", f"--out-dir={folder}", f"--steps={steps}", f"--save-every={steps}"]
@@ -68,13 +68,13 @@ def plot(path: Path, measured: dict[str, dict[int, float]]):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=argparse.SUPPRESS)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each point")
     parser.add_argument("--out-dir", type=Path, default=Path("results"))
     args = parser.parse_args()
     machine = heading()
     print(machine)
     points = [(flag, value) for flag, values in AXES.values() for value in values if value != DEFAULTS[flag]]
-    default = points[0][0], DEFAULTS[points[0][0]]  # one point of all axes
+    default = next(iter(DEFAULTS.items()))  # a point of all axes
     costs = {point: [] for point in [default, *points]}
     for _ in range(args.repeats):
         for point in costs:

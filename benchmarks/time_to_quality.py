@@ -153,7 +153,8 @@ def main():
     torch.set_num_threads(2)
     data = load_dataset("mnist", args.data_dir)
     commits = {name: commit(args.peers / name) for name in CLONES}
-    machine = heading(args.device, *(f"{name} at {known[:7]}" for name, known in commits.items()))
+    on = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+    machine = heading(on, *(f"{name} at {known[:7]}" for name, known in commits.items()))
     print(machine)
     print("| | steps | seconds | of the whole run | images/s | test MSE | PSNR dB |")
     print("|---|---|---|---|---|---|---|")

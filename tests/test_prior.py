@@ -23,13 +23,12 @@ def some_codes(prior, n=5):
     return torch.randint(K, (n, prior.length), generator=generator), torch.randint(4, (n,), generator=generator)
 
 
-def test_attention_as_matrix_products_is_the_fused_one(prior):
-    """Which training takes in bfloat16 on a processor, where the fused kernel is slower."""
+def test_attention_in_bfloat16_as_training_takes_it_is_that_of_float32(prior):
     codes, labels = some_codes(prior)
-    with sdpa_kernel(SDPBackend.MATH):
-        products = prior(codes, labels)
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        torch.testing.assert_close(prior(codes, labels), products, atol=1e-3, rtol=1e-3)
+    expected = prior(codes, labels)
+    with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
+        close = prior(codes, labels).float()
+    assert 0 < (close - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 def test_each_code_is_predicted_from_those_before_it_alone(prior):
