@@ -292,12 +292,9 @@ def finish(
     names = [f"{of[1:]} " * bool(of) for of in LEVELS[args.levels]]
     title = f"{data.name}, step {progress['step']:,}"
     figures.save_codebooks(folder / "codebook.png", names, codebooks, counts, z_e, title)
-    training_seconds = progress["seconds"]  # those after the last step come on top
-    summary = {
-        "dataset": data.name,
-        "steps": progress["step"],
-        "seconds": training_seconds + time.perf_counter() - began,
-    }
+    training_seconds = progress["seconds"]
+    seconds = training_seconds + time.perf_counter() - began  # with what came after the last step
+    summary = {"dataset": data.name, "steps": progress["step"], "seconds": seconds}
     rate = progress["step"] * args.batch_size / training_seconds
     summary |= {"training_seconds": training_seconds, "images_per_second": rate, **measured, "arguments": vars(args)}
     write_whole(folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())

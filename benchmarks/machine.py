@@ -32,19 +32,19 @@ def write_json(path: Path, machine: str, args: argparse.Namespace, measured):
     path.write_text(json.dumps(content, indent=2, default=str) + "\n")
 
 
-def run(script: str, *flags, device: str = "cpu") -> float:
-    """Run a script of the repository, in two threads; return its peak memory in GB."""
-    command = [sys.executable, __file__, ROOT / script, f"--device={device}", *map(str, flags)]
+def run(script: str, *flags) -> float:
+    """Run a script of the repository in two threads, on the CPU unless flags say else; return its peak memory in GB."""
+    command = [sys.executable, __file__, ROOT / script, "--device=cpu", *map(str, flags)]
     process = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
     if process.returncode:
         sys.exit(f"{script} {' '.join(map(str, flags))} failed with exit code {process.returncode}")
     return int(process.stdout.splitlines()[-1]) / 1e9
 
 
-def train(*flags, device: str = "cpu") -> dict:
+def train(*flags) -> dict:
     """Return the summary of a whole run of train.py, with its peak memory in GB."""
     with tempfile.TemporaryDirectory() as folder:
-        memory = run("train.py", "--out-dir", folder, *flags, device=device)
+        memory = run("train.py", "--out-dir", folder, *flags)
         return json.loads(Path(folder, "summary.json").read_text()) | {"memory": memory}
 
 

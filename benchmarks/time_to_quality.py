@@ -125,8 +125,8 @@ def measure(step, test_images: torch.Tensor) -> dict:
 
 def train_ours(steps: int, args: argparse.Namespace) -> dict:
     """Return the medians over whole runs of several seeds, and the runs."""
-    flags = ["--dataset", "mnist", "--data-dir", args.data_dir, "--steps", steps]
-    runs = [train(*flags, "--seed", seed, device=args.device) for seed in range(args.repeats)]
+    flags = ["--device", args.device, "--dataset", "mnist", "--data-dir", args.data_dir, "--steps", steps]
+    runs = [train(*flags, "--seed", seed) for seed in range(args.repeats)]
     names = ("training_seconds", "seconds", "images_per_second", "test_mse", "test_psnr")
     return {"steps": steps} | {name: statistics.median(run[name] for run in runs) for name in names} | {"runs": runs}
 
