@@ -26,6 +26,7 @@ from tqdm import tqdm
 from checkpoint import Damaged, read_file
 
 AHEAD = 16  # images decoded ahead of the one that is asked for
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")  # bytes of memory, as a container on Linux sees it
 
 
 class ImageFiles(torch.utils.data.Dataset):
@@ -268,10 +269,13 @@ def shortened(parts: list[str]) -> str:
 
 
 def free_memory() -> int:
-    """Return the bytes of memory that can still be used."""
+    """Return the bytes of memory that can still be used; in a container, of no more than its limit."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     with contextlib.suppress(OSError), open("/proc/meminfo") as file:
-        return 1024 * int(dict(line.split(":") for line in file)["MemAvailable"].removesuffix("kB\n"))
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        free = 1024 * int(dict(line.split(":") for line in file)["MemAvailable"].removesuffix("kB\n"))
+    with contextlib.suppress(OSError, ValueError):  # there is no such file, or it says "max"
+        free = min(free, int(CONTAINER_LIMIT.read_text()))
+    return free
 
 
 def count_pixels(images: Tensor) -> Tensor:

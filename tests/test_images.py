@@ -116,6 +116,15 @@ def test_limit_decides_between_memory_and_disk(folder, monkeypatch):
     assert isinstance(load(folder).train_images, ImageFiles)
 
 
+@pytest.mark.parametrize(("limit", "kind"), [("max\n", torch.Tensor), ("9999\n", ImageFiles)])
+def test_memory_of_a_container_ends_at_its_limit(folder, tmp_path, monkeypatch, limit, kind):
+    """The machine around it has more than the 17,280 bytes that the images take."""
+    monkeypatch.setattr(images, "CONTAINER_LIMIT", tmp_path / "memory.max")
+    assert isinstance(load(folder).train_images, torch.Tensor)
+    images.CONTAINER_LIMIT.write_text(limit)
+    assert isinstance(load(folder).train_images, kind)
+
+
 def test_decoded_images_are_kept_until_the_folder_changes(folder, tmp_path, monkeypatch):
     cache, decoded = tmp_path / "images.pt", []
     original = images.decode
