@@ -11,56 +11,22 @@ fed the same images from memory, and the pauses in which it is measured do not c
 """
 
 import argparse
-import importlib.util
-import time
 from pathlib import Path
 
 import torch
 from machine import heading, train, write_json
+from time_to_quality import PEERS, train_peer
 
-from data import batch_indices, load_dataset
+from data import load_dataset
 from quantizer import perplexity
 
 
-def train_peer(repository: Path, data, moments: list[float]) -> list[dict]:
-    """Train airalcorn2's model as its train_vqvae.py does, and measure it after each of some seconds."""
-    spec = importlib.util.spec_from_file_location("airalcorn2", repository / "vqvae.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    torch.manual_seed(0)
-    model = module.VQVAE(3, 128, 2, 2, 32, 64, 512, use_ema=True, decay=0.99, epsilon=1e-5)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-4)
-    variance = (data.train_images / 255).var()
-    steps, seconds, measured = 0, 0.0, []
-    for moment in moments:
-        began = time.perf_counter() - seconds
-        while time.perf_counter() - began < moment:
-            x = data.train_images[batch_indices(len(data.train_images), 32, 0, steps)] / 255 - 0.5
-            out = model(x)
-            loss = torch.nn.functional.mse_loss(out["x_recon"], x) / variance + 0.25 * out["commitment_loss"]
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            steps += 1
-        seconds = time.perf_counter() - began
-        measured.append({"steps": steps, "seconds": seconds, **measure(model, data.test_images)})
-    return measured
-
-
 @torch.no_grad()
-def measure(model, test_images: torch.Tensor) -> dict:
-    """Return what evaluate.py would."""
-    model.eval()
-    errors, counts = [], 0
-    for images in test_images.split(250):
-        x = images / 255
-        z_q, _, _, indices = model.quantize(x - 0.5)
-        errors.append(((model.decoder(z_q) + 0.5).clamp(0, 1) - x).square().mean((1, 2, 3)))
-        counts = counts + torch.bincount(indices.flatten(), minlength=512)
-    model.train()
-    errors = torch.cat(errors)
-    measured = {"test_mse": errors.mean().item(), "test_psnr": (-10 * errors.log10()).mean().item()}
-    return measured | {"codes_used": int((counts > 0).sum()), "perplexity": perplexity(counts).item()}
+def codes(model, test_images: torch.Tensor) -> dict:
+    """Return what evaluate.py would of the codes of the other."""
+    indices = [model.quantize(images / 255 - 0.5)[3].flatten() for images in test_images.split(250)]
+    counts = torch.bincount(torch.cat(indices), minlength=512)
+    return {"codes_used": int((counts > 0).sum()), "perplexity": perplexity(counts).item()}
 
 
 def main():
@@ -73,7 +39,9 @@ def main():
     torch.set_num_threads(2)
     data = load_dataset(args.data)
     ours = [train("--dataset", args.data, "--steps", steps) for steps in sorted(args.steps)]
-    peers = train_peer(args.peers / "airalcorn2", data, [run["seconds"] for run in ours])
+    moments = [run["seconds"] for run in ours]
+    trained = train_peer(PEERS["airalcorn2/vqvae-pytorch, EMA"], args.peers, data, moments, "cpu")
+    peers = [{"seconds": s} | figures | codes(model, data.test_images) for s, (model, figures) in zip(moments, trained)]
     machine = heading(f"{len(data.train_images):,} images")
     print(machine)
     print("| | steps | seconds | held-out MSE | PSNR dB | codes used | perplexity | MSE lower by |")

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from model import VQVAE
-from process import pick_device, user_errors
+from process import number, pick_device, user_errors
 
 FIRST = 20  # steps in which the codebook starts and what is compiled is compiled
 PROFILED = 50
@@ -117,9 +117,10 @@ def profiled(args: argparse.Namespace, *flags) -> dict[str, float]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=argparse.SUPPRESS)
+    steps = number(int, FIRST + 1)
     parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--steps", type=int, default=10_000, help="of a run; fewer make pictures a larger share")
-    parser.add_argument("--compiled-steps", type=int, default=500, help="of each run with and without --compile")
+    parser.add_argument("--steps", type=steps, default=10_000, help="of a run; fewer make pictures a larger share")
+    parser.add_argument("--compiled-steps", type=steps, default=500, help="of each run with and without --compile")
     parser.add_argument("--repeats", type=int, default=3, help="of the runs with and without --compile")
     parser.add_argument("--out", type=Path, default=Path("results", "machine_limit.json"))
     args = parser.parse_args()

@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -78,7 +79,8 @@ def airalcorn2(peers: Path, variance: float, ema: bool):
         x = (images / 255 - 0.5).expand(-1, 3, -1, -1)
         out = model(x)
         loss = F.mse_loss(out["x_recon"], x) / variance + 0.25 * out["commitment_loss"]
-        return loss if ema else loss + out["dictionary_loss"], out["x_recon"].mean(1, keepdim=True) + 0.5
+        x_recon = out["x_recon"].mean(1, keepdim=True) if images.shape[1] == 1 else out["x_recon"]
+        return loss if ema else loss + out["dictionary_loss"], x_recon + 0.5
 
     return model, optimizer, 32, step
 
@@ -91,27 +93,33 @@ PEERS = {
 }
 
 
-def train_peer(make, peers: Path, data, seconds: float, device: str) -> dict:
+def train_peer(make, peers: Path, data, moments: list[float], device: str) -> Iterator[tuple[torch.nn.Module, dict]]:
+    """Train one of the others, and yield it and its figures after each of some seconds; measuring does not count."""
     torch.manual_seed(0)
     variance = (data.train_images / 255).var().item()
     model, optimizer, batch_size, step = make(peers, variance)
     model.to(device)
     train_images, test_images = data.train_images.to(device), data.test_images.to(device)
-    steps, began = 0, time.perf_counter()
-    while time.perf_counter() - began < seconds:
-        loss, _ = step(train_images[batch_indices(len(train_images), batch_size, 0, steps).to(device)])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        steps += 1
-        if device == "cuda" and steps % 100 == 0:
-            torch.cuda.synchronize()  # the clock is not to run ahead of the steps
-    model.eval()
-    measured = measure(step, test_images)
-    for module in model.modules():
-        module.training = isinstance(module, torch.nn.BatchNorm2d)
-    measured = min(measured, measure(step, test_images), key=lambda figures: figures["test_mse"])
-    return measured | {"training_seconds": seconds, "steps": steps, "images_per_second": steps * batch_size / seconds}
+    steps, seconds = 0, 0.0
+    for moment in moments:
+        model.train()
+        began = time.perf_counter() - seconds
+        while time.perf_counter() - began < moment:
+            loss, _ = step(train_images[batch_indices(len(train_images), batch_size, 0, steps).to(device)])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            steps += 1
+            if device == "cuda" and steps % 100 == 0:
+                torch.cuda.synchronize()  # the clock is not to run ahead of the steps
+        seconds = time.perf_counter() - began
+        model.eval()
+        measured = measure(step, test_images)
+        for module in model.modules():
+            module.training = isinstance(module, torch.nn.BatchNorm2d)
+        measured = min(measured, measure(step, test_images), key=lambda figures: figures["test_mse"])
+        rate = steps * batch_size / seconds
+        yield model.eval(), measured | {"training_seconds": seconds, "steps": steps, "images_per_second": rate}
 
 
 @torch.no_grad()
@@ -162,7 +170,8 @@ def main():
     row += "{test_psnr:.2f} |"
     peers, ours = [], []
     for name, make in PEERS.items():
-        peers.append({"name": name} | train_peer(make, args.peers, data, args.seconds, args.device))
+        ((_, figures),) = train_peer(make, args.peers, data, [args.seconds], args.device)
+        peers.append({"name": name} | figures)
         print(row.format(**peers[-1], whole=""), flush=True)
     best = min(peers, key=lambda peer: peer["test_mse"])
     goals = {
