@@ -7,7 +7,7 @@ VQ-VAE with a PixelCNN (keras.io/examples/generative/vq_vae; K = 128, D = 16) by
 1.034 nats per code of 7x7.
 
 The priors are trained for about a quarter of their default steps, so that the nats are somewhat above what can be
-reached. What earlier calls measured for other sizes stays in the JSON and in the plot.
+reached.
 """
 
 import argparse
@@ -58,14 +58,13 @@ def main():
     print("| K | test MSE | PSNR dB | nats per code | nats per image | seconds |")
     print("|---|---|---|---|---|---|")
     path = args.out_dir / "rate_distortion.json"
-    rows = {row["codebook_size"]: row for row in json.loads(path.read_text())["measured"]} if path.is_file() else {}
-    for size in args.sizes:
-        rows[size] = measure(args.out_dir / str(size), size, args)
-        line = "| {codebook_size} | {mse:.5f} | {psnr:.2f} | {nats_per_code:.3f} | {nats:.1f} | {seconds:.0f} |"
-        print(line.format(**rows[size]), flush=True)
-        ordered = [rows[size] for size in sorted(rows)]
-        write_json(path, machine, args, ordered)
-        plot(path.with_suffix(".png"), ordered)
+    line = "| {codebook_size} | {mse:.5f} | {psnr:.2f} | {nats_per_code:.3f} | {nats:.1f} | {seconds:.0f} |"
+    rows = []
+    for size in sorted(args.sizes):
+        rows.append(measure(args.out_dir / str(size), size, args))
+        print(line.format(**rows[-1]), flush=True)
+        write_json(path, machine, args, rows)
+        plot(path.with_suffix(".png"), rows)
 
 
 if __name__ == "__main__":
