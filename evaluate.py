@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoint import IMAGE_CACHE, load_checkpoint, load_model, writable_folder, write_whole
-from data import batches, dataset_of, to_pixels
+from data import batches, dataset_of, parts, to_pixels
 from images import Images
 from model import LEVELS, VQVAE
 from process import pick_device, user_errors
@@ -20,8 +20,8 @@ from quantizer import perplexity
 
 
 @torch.inference_mode()
-def evaluate(model: VQVAE, images: Images, batch_size: int = 100) -> tuple[dict[str, float], list[Tensor]]:
-    """Reconstruct uint8 images (N, C, H, W) in float32; the figures are over all of them, whatever the batch size.
+def evaluate(model: VQVAE, images: Images) -> tuple[dict[str, float], list[Tensor]]:
+    """Reconstruct uint8 images (N, C, H, W) in float32, in parts; the figures are over all of them.
 
     Returns:
         test_mse, test_psnr (dB), test_ssim, and perplexity and codes_used of each level (`LEVELS`);
@@ -31,7 +31,7 @@ def evaluate(model: VQVAE, images: Images, batch_size: int = 100) -> tuple[dict[
     model.eval()
     device = model.mean.device
     errors, counts = [], [0] * len(model.levels)
-    for batch in batches(images, torch.arange(len(images)).split(batch_size), device):
+    for batch in batches(images, parts(images), device):
         x = to_pixels(batch, device)
         out = model(x)
         x_recon = out.x_recon.clamp(0, 1)
@@ -53,7 +53,7 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     window = window / window.sum()
 
     def sums(length):  # (length - size + 1, length): each row weighs the pixels of one position of the window
-        return F.conv1d(torch.eye(length, device=x.device)[:, None], window.view(1, 1, -1))[:, 0].T
+        return torch.stack([F.pad(window, (i, length - size - i)) for i in range(length - size + 1)])
 
     down, across = sums(x.shape[-2]), sums(x.shape[-1]).T
 

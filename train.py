@@ -30,7 +30,7 @@ from checkpoint import (
     writable_folder,
     write_whole,
 )
-from data import NAMES, Dataset, Unavailable, batches, check_same, load_dataset, to_pixels
+from data import NAMES, Dataset, Unavailable, batches, check_same, load_dataset, parts, to_pixels
 from evaluate import evaluate
 from loop import add_run_flags, check_batch_size, parse_run, train_loop, wrapped
 from model import LEVELS, VQVAE, build_model
@@ -46,8 +46,8 @@ from process import (
 )
 from quantizer import perplexity
 
-CODEBOOK_IMAGES = 100  # test images whose encoder outputs are drawn behind the codes
-CURVE_IMAGES = 1000  # test images, at most, behind the curve of the test MSE; summary.json is about all of them
+# Test images, at most, behind the curve of the test MSE, and the pixels of them all; summary.json is about all images.
+CURVE_IMAGES, CURVE_PIXELS = 1000, 2**26
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -124,8 +124,8 @@ def main(args: argparse.Namespace):
         checkpoint = load_checkpoint(folder) if args.resume is not None else None
         if checkpoint:
             check_same(data, checkpoint)
-        shown = torch.arange(min(CURVE_IMAGES, len(data.test_images)))
-        first_test_images = torch.cat(list(batches(data.test_images, shown.split(100), device)))
+        shown = min(CURVE_IMAGES, len(data.test_images), max(1, CURVE_PIXELS // math.prod(image_shape[1:])))
+        first_test_images = torch.cat(list(batches(data.test_images, parts(data.test_images, shown), device)))
         signals = catch_signals()
         if rank == 0 and not checkpoint:
             prepare_folder(folder)
@@ -287,7 +287,7 @@ def finish(
     """Measure the model on all test images, draw its codebooks, and write the summary; the clock stood at `began`."""
     measured, counts = evaluate(model, data.test_images)
     with torch.inference_mode():
-        z_e = model.z_e(to_pixels(images[:CODEBOOK_IMAGES], model.mean.device))
+        z_e = model.z_e(to_pixels(images[parts(images)[0]], model.mean.device))
     codebooks = [level.quantizer.codebook.detach() for level in model.levels]
     names = [f"{of[1:]} " * bool(of) for of in LEVELS[args.levels]]
     title = f"{data.name}, step {progress['step']:,}"

@@ -41,7 +41,7 @@ from checkpoint import (
     writable_folder,
     write_whole,
 )
-from data import batches, dataset_of, to_pixels
+from data import batches, dataset_of, parts, to_pixels
 from loop import add_run_flags, check_batch_size, parse_run, train_loop, wrapped
 from model import VQVAE
 from prior import Prior, build_prior
@@ -230,7 +230,7 @@ def load_codes(folder: Path, model: VQVAE, vqvae: dict, data_dir: str | None) ->
         ("train", data.train_images, data.train_labels),
         ("test", data.test_images, data.test_labels),
     ):
-        order = torch.arange(len(images)).split(100)
+        order = parts(images)
         rows = []
         for batch in tqdm(batches(images, order, model.mean.device), f"encoding {split}", len(order), disable=None):
             indices = model.encode(to_pixels(batch, model.mean.device))

@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from torchvision import datasets
 
 import data
-from data import Unavailable, batch_indices, channel_stats, load_dataset, to_pixels
+from data import Unavailable, batch_indices, channel_stats, load_dataset, parts, to_pixels
 from images import count_pixels
 
 
@@ -172,3 +172,10 @@ def test_cifar10_is_loaded_as_uint8_with_its_own_test_split_and_damaged_files_ar
     (folder / "data_batch_3").write_bytes(b"")
     with pytest.raises(ValueError, match="data_batch_3 is truncated or corrupt; delete it"):
         load_dataset("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize(("size", "lengths"), [(28, [100, 100, 50]), (150, [23] * 10 + [20]), (1024, [1] * 250)])
+def test_parts_hold_all_images_in_order_and_of_large_ones_fewer(size, lengths):
+    indices = parts(torch.empty(250, 1, 1, 1, dtype=torch.uint8).expand(-1, 3, size, size))
+    assert [len(part) for part in indices] == lengths and torch.equal(torch.cat(indices), torch.arange(250))
+    assert torch.equal(torch.cat(parts(torch.empty(9, 1, 28, 28), 4)), torch.arange(4))

@@ -212,6 +212,14 @@ def test_sample_writes_a_row_per_class_and_single_images(generating_run, drawn, 
         assert np.array_equal(np.asarray(Image.open(file)), image[0].numpy())  # grey, as it was learnt
 
 
+def test_what_is_drawn_at_once_is_bounded_by_codes(prior_run, monkeypatch):
+    drawn, original = [], sample_script.generate
+    monkeypatch.setattr(sample_script, "generate", lambda *a, **o: drawn.append(original(*a, **o)) or drawn[-1])
+    monkeypatch.setattr(sample_script, "PART_CODES", 3 * 49 + 1)
+    assert sample(*load_run(prior_run), num=10).shape == (10, 1, 28, 28)
+    assert [len(codes) for codes in drawn] == [3, 3, 3, 1]
+
+
 def test_no_class_is_left_out_whatever_the_number(prior_run):
     _, prior = load_run(prior_run)
     for num in (10, 11, 15, 99):
