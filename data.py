@@ -246,7 +246,7 @@ def batches(images: Images, order: Iterable[Tensor], device: torch.device) -> Ge
         loader = DataLoader(
             images,
             batch_sampler=(indices.tolist() for indices in order),
-            num_workers=min(8, os.cpu_count() or 1),
+            num_workers=min(8, processors()),
             worker_init_fn=ignore_signals,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # not the global one, whose state is the run's
@@ -267,6 +267,11 @@ def batches(images: Images, order: Iterable[Tensor], device: torch.device) -> Ge
         ahead = device.type == "cuda"  # the host does not wait until the GPU has done what it was told before
         for indices in order:
             yield images[indices.to(images.device, non_blocking=ahead)].to(device, non_blocking=ahead)
+
+
+def processors() -> int:
+    """Return how many processors this process may use, which can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def ignore_signals(_worker: int):

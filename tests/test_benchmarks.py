@@ -119,6 +119,7 @@ def test_triton_kernel_gives_the_indices_of_the_plain_lookup():
         import torch
         from quantizer import nearest_code
         from triton_lookup import nearest_code_triton
+        torch.manual_seed(0)
         for n, size, dim in (0, 8, 4), (1, 1, 1), (70, 130, 5), (100, 513, 40):
             few = torch.randint(-3, 4, (max(1, size // 2), dim)).float()
             codebook = few[torch.randint(len(few), (size,))]  # each code several times

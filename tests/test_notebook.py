@@ -21,4 +21,4 @@ def test_notebook_is_small_and_holds_the_outputs_of_one_run_in_order():
 def test_notebook_runs_from_top_to_bottom(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # two threads that wait for each other beside other tests take longer
     here = {"metadata": {"path": PATH.parent}}
-    NotebookClient(nbformat.read(PATH, as_version=4), timeout=600, kernel_name="python3", resources=here).execute()
+    NotebookClient(nbformat.read(PATH, as_version=4), timeout=1800, kernel_name="python3", resources=here).execute()
