@@ -209,8 +209,10 @@ def run_errors(folder: Path, progress: dict, name: str = CHECKPOINT):
         kind = "diverged" if isinstance(error, FloatingPointError) else "cannot go on"
         message = f"{kind} after step {progress['step']}: {error}"
         with contextlib.suppress(ValueError, OSError):
-            saved = load_checkpoint(folder, name)["progress"]["step"]
-            message += f"; the checkpoint of step {saved} is whole, to go on: {resume_command(folder, name)}"
+            saved, resume = load_checkpoint(folder, name), resume_command(folder, name)
+            if kind == "diverged":  # as it would again
+                resume += f" --lr {saved['args']['lr'] / 2:g}"
+            message += f"; the checkpoint of step {saved['progress']['step']} is whole, to go on: {resume}"
         fail(message, code=1)
 
 

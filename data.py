@@ -98,6 +98,8 @@ def dataset_of(checkpoint: dict, data_dir: str | None = None, cache: Path | None
     args = checkpoint["args"]
     options = {name: args[name] for name in ("image_size", "memory_limit", "skip_bad_images")}
     name = args["dataset"] if args["dataset"] in NAMES or data_dir is None else data_dir
+    if not (name in NAMES or Path(name).is_dir()):
+        raise ValueError(f"{name} is not there, and needs to be the run's folder of images; name it with --data-dir")
     data = load_dataset(name, data_dir or args["data_dir"], **options, cache=cache)
     check_same(data, checkpoint)
     return data

@@ -17,11 +17,11 @@ from tqdm import tqdm
 from checkpoint import CHECKPOINT, load_checkpoint
 from data import NAMES, batch_indices, batches
 from images import Images
-from process import job, number
+from process import job, number, started_again
 from quantizer import processes
 
 RESUME_MAY_CHANGE = {"steps", "save_every", "log_every", "data_dir", "device", "precision", "resume", "job"}
-RESUME_MAY_CHANGE |= {"memory_limit", "compile"}
+RESUME_MAY_CHANGE |= {"memory_limit", "compile", "lr", "codebook_lr", "embedding_lr"}
 
 
 def add_run_flags(parser: argparse.ArgumentParser, steps: int, batch_size: int, what: str):
@@ -65,7 +65,7 @@ def parse_run(
     """
     args = parser.parse_args(argv)
     folder = getattr(args, folder_flag)
-    if args.resume is None and job():
+    if args.resume is None and started_again():
         with contextlib.suppress(ValueError):
             if load_checkpoint(folder, name)["args"]["job"] == job():
                 args.resume = folder
@@ -92,7 +92,8 @@ def resumed_args(
             flag = "--" + option.replace("_", "-")
             parser.error(f"{flag} is {getattr(args, option)}, but the run in {run} has {value}; leave out {flag}")
     if checkpoint["progress"]["step"] >= args.steps:
-        if saved["job"] and saved["job"] == job():
+        if started_again() and saved["job"] == job():
+            print(f"the run in {run} has done its {args.steps} steps")
             sys.exit(0)  # a process died after the last step of a job
         parser.error(f"the run in {run} has done its {checkpoint['progress']['step']} steps; give more with --steps")
     return args
@@ -123,7 +124,7 @@ def train_loop(
     args: argparse.Namespace,
     resume: str,
     progress: dict,
-    groups: list[dict],
+    rates: list[tuple[dict, float]],
     signals: list[int],
     images: Images,
     device: torch.device,
@@ -136,13 +137,13 @@ def train_loop(
     Args:
         resume: the command to go on with.
         progress: the `step` that is done, the `seconds` it took, the step last `logged` and the `sums` since then.
-        groups: of parameters, those of all optimisers; "initial_lr" is the highest learning rate of each.
+        rates: each group of parameters, those of all optimisers, and its highest learning rate.
         images: of the training set, or what else stands for them; each rank takes its share of a step's.
         update: takes a batch, makes a step of the optimiser, and returns what to add up over steps and processes.
         log: writes the metrics since the last log and, if its argument says that the run saves here, its pictures;
             returns the line to show. Called where all `sums` are finite, by rank 0.
-        save: writes a checkpoint. Called by rank 0 before the first step of all, and after `log`, so that whatever it
-            counts as done is on disk.
+        save: writes a checkpoint. Called by rank 0 before the first step of all, after a signal, and after a `log`
+            that saves, so that whatever it counts as done is on disk.
     """
     ranks, rank = processes(), dist.get_rank() if processes() > 1 else 0
     if rank == 0 and progress["step"] == 0:
@@ -155,8 +156,8 @@ def train_loop(
     stream = batches(images, order, device)
     with contextlib.closing(bar), contextlib.closing(stream):  # or images are still decoded ahead
         for step, batch in enumerate(stream, progress["step"] + 1):
-            for group in groups:
-                group["lr"] = group["initial_lr"] * schedule(step, args.steps)
+            for group, highest in rates:
+                group["lr"] = highest * schedule(step, args.steps)
             sums, stopping = update(batch), bool(signals)
             if ranks > 1:
                 sums = torch.cat([sums, sums.new_tensor([stopping])])

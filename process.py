@@ -3,6 +3,7 @@
 import argparse
 import atexit
 import contextlib
+import datetime
 import math
 import os
 import shlex
@@ -39,7 +40,7 @@ def user_errors():
     except (ValueError, OSError) as error:
         fail(str(error), code=2)
     except KeyboardInterrupt:
-        fail("interrupted before the first step", code=130)
+        fail("interrupted", code=130)
 
 
 def fail(message: str, code: int):
@@ -77,9 +78,10 @@ def pick_device(device: str = "auto", precision: str = "auto", compile: bool = F
     return torch.device(device), precision
 
 
-def command(*words) -> str:
-    """Return what to type to run a script of the project by the Python that runs this one."""
-    return shlex.join([sys.executable, *map(str, words)])
+def command(script: str, *words) -> str:
+    """Return what to type here to run a script of the project by the Python that runs this one."""
+    path = os.path.relpath(Path(__file__).with_name(script))
+    return shlex.join([sys.executable, path, *map(str, words)])
 
 
 def check_memory(make_model: Callable[[], nn.Module], device: torch.device):
@@ -107,7 +109,9 @@ def join_processes(device: torch.device) -> tuple[int, int]:
     store, rank, ranks = next(dist.rendezvous("env://"))
     if os.environ["GROUP_WORLD_SIZE"] == "1":  # after a restart the store still holds the addresses of the dead
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=ranks)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    patience = datetime.timedelta(hours=2)  # for rank 0, which may have a million images to decode
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=patience)
     atexit.register(dist.destroy_process_group)  # else its threads outlive the interpreter and, at times, abort it
     return rank, ranks
 
@@ -121,6 +125,15 @@ def job() -> str | None:
         return None
     agent = f" {os.getppid()}" if os.environ["GROUP_WORLD_SIZE"] == "1" else ""
     return os.environ["TORCHELASTIC_RUN_ID"] + agent
+
+
+def started_again() -> bool:
+    """Return whether torchrun may have started this process in place of one that died.
+
+    A machine does not count the restarts that another one's process caused, but a job that has a name is known by it.
+    """
+    counted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return dist.is_torchelastic_launched() and (counted or os.environ["TORCHELASTIC_RUN_ID"] != "none")
 
 
 def agree(value, what: str):

@@ -105,10 +105,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         usage=argparse.SUPPRESS,  # an error is then one line
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    positive = number(int, 1, 2**31)
+    positive, above_zero = number(int, 1, 2**31), number(float, 1e-6)
     parser.add_argument("--run", default="results", help="folder of the run")
     parser.add_argument("--num", type=positive, help="images in all; by default 10 of each class")
-    parser.add_argument("--classes", type=class_list, help="of the images, as 3,7; by default all")
+    parser.add_argument("--classes", type=class_list, help="as 3,7, in order of their names, from 0; by default all")
     parser.add_argument("--temperature", type=above_zero, default=TEMPERATURE, help="below 1, likelier codes")
     parser.add_argument("--top-k", type=number(int, 0, 2**31), default=0, help="draw from so many codes; 0: all")
     parser.add_argument("--top-p", type=above_zero, default=TOP_P, help="draw from codes of this probability in all")
@@ -123,13 +123,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.top_p > 1:
         parser.error(f"--top-p {args.top_p}: must be at most 1, which is all codes")
     return args
-
-
-def above_zero(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} must be above 0, and finite")
-    return value
 
 
 def class_list(text: str) -> list[int]:

@@ -86,7 +86,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--levels", type=int, choices=(1, 2), default=1, help="of codes; 2: VQ-VAE-2")
     group.add_argument(
         "--downsample",
-        type=lambda text: text if text == "auto" else int(text),
+        type=lambda text: int(text) if text.isdecimal() else text,
         choices=("auto", 2, 4, 8, 16, 32),
         default="auto",
         help="pixels per code in each direction; auto: 4 up to 64 pixels and for the lower of 2 levels, else 8",
@@ -135,8 +135,7 @@ def main(args: argparse.Namespace):
     quantizers = [level.quantizer for level in model.levels]
     codebooks = [codebook for quantizer in quantizers for codebook in quantizer.parameters()]  # none with --ema
     networks = [p for p in model.parameters() if not any(p is codebook for codebook in codebooks)]
-    groups = [{"params": networks, "initial_lr": args.lr}, {"params": codebooks, "initial_lr": args.codebook_lr}]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
+    optimizer = torch.optim.Adam([{"params": networks}, {"params": codebooks}], betas=(0.9, 0.99), fused=True)
     # What is done, and the sums of the losses and of each code's uses since the step last logged.
     sums = torch.zeros(1 + args.levels * (2 + args.codebook_size))
     progress = {"step": 0, "seconds": 0.0, "logged": 0, "sums": sums}
@@ -192,7 +191,8 @@ def main(args: argparse.Namespace):
         if rank == 0:
             trim_metrics(folder / "metrics.csv", columns(args.levels), progress["step"])
         resume, images = resume_command(folder, CHECKPOINT), data.train_images
-        train_loop(args, resume, progress, optimizer.param_groups, signals, images, device, update, log, save)
+        rates = list(zip(optimizer.param_groups, (args.lr, args.codebook_lr)))
+        train_loop(args, resume, progress, rates, signals, images, device, update, log, save)
     if rank == 0:
         summary = json.loads((folder / "summary.json").read_text())
         used = " + ".join(str(summary["codes_used" + of]) for of in LEVELS[args.levels])

@@ -120,17 +120,8 @@ def main(args: argparse.Namespace):
     matrices = [p for p in prior.blocks.parameters() if p.ndim == 2]
     others = [p for p in prior.parameters() if not any(p is matrix for matrix in matrices)]
     optimizers = [
-        torch.optim.Muon(
-            [{"params": matrices, "initial_lr": args.lr}],
-            weight_decay=args.weight_decay,
-            adjust_lr_fn="match_rms_adamw",
-        ),
-        torch.optim.AdamW(
-            [{"params": others, "initial_lr": args.embedding_lr}],
-            weight_decay=args.weight_decay,
-            betas=(0.9, 0.95),
-            fused=True,
-        ),
+        torch.optim.Muon(matrices, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, weight_decay=args.weight_decay, betas=(0.9, 0.95), fused=True),
     ]
     progress = {"step": 0, "seconds": 0.0, "logged": 0, "sums": torch.zeros(1)}
     best = {"held_out_nats": math.inf, "step": 0, "model": prior.state_dict()}
@@ -198,8 +189,8 @@ def main(args: argparse.Namespace):
         if rank == 0:
             trim_metrics(folder / "prior_metrics.csv", COLUMNS, progress["step"])
         resume = resume_command(folder, PRIOR)
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        train_loop(args, resume, progress, groups, signals, train, device, update, log, save)
+        rates = [(o.param_groups[0], rate) for o, rate in zip(optimizers, (args.lr, args.embedding_lr))]
+        train_loop(args, resume, progress, rates, signals, train, device, update, log, save)
     if rank == 0:
         summary = json.loads((folder / "prior_summary.json").read_text())
         draw = command("sample.py", "--run", folder)

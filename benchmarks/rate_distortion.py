@@ -26,8 +26,7 @@ def measure(folder: Path, size: int, args: argparse.Namespace) -> dict:
     run("train_prior.py", "--run", folder, "--steps", args.prior_steps)
     vqvae, prior = (json.loads((folder / name).read_text()) for name in ("summary.json", "prior_summary.json"))
     row = {"codebook_size": size, "mse": vqvae["test_mse"], "psnr": vqvae["test_psnr"]}
-    row |= {"nats_per_code": prior["test_nats_per_code"], "nats": prior["test_nats_per_image"]}
-    return row | {"seconds": vqvae["seconds"] + prior["seconds"]}
+    return row | {"nats_per_code": prior["test_nats_per_code"], "nats": prior["test_nats_per_image"]}
 
 
 def plot(path: Path, rows: list[dict]):
@@ -55,10 +54,10 @@ def main():
     args = parser.parse_args()
     machine = heading(f"{args.steps:,} steps and {args.prior_steps:,} of the prior")
     print(machine)
-    print("| K | test MSE | PSNR dB | nats per code | nats per image | seconds |")
-    print("|---|---|---|---|---|---|")
+    print("| K | test MSE | PSNR dB | nats per code | nats per image |")
+    print("|---|---|---|---|---|")
     path = args.out_dir / "rate_distortion.json"
-    line = "| {codebook_size} | {mse:.5f} | {psnr:.2f} | {nats_per_code:.3f} | {nats:.1f} | {seconds:.0f} |"
+    line = "| {codebook_size} | {mse:.5f} | {psnr:.2f} | {nats_per_code:.3f} | {nats:.1f} |"
     rows = []
     for size in sorted(args.sizes):
         rows.append(measure(args.out_dir / str(size), size, args))

@@ -13,7 +13,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import ROOT, SMALL, rows
 
-from checkpoint import load_checkpoint
+import train
+from checkpoint import load_checkpoint, save_checkpoint
 from quantizer import VectorQuantizer
 
 STEPS, JOINT = 40, 24  # vectors per step, of all ranks together
@@ -141,6 +142,21 @@ def wait_for_metrics(process, folder):
     while not (folder / "metrics.csv").exists() or len(rows(folder)) < 3:
         time.sleep(0.1)
         assert process.poll() is None
+
+
+@pytest.mark.parametrize(("name", "restarts", "goes_on"), [("none", 0, False), ("none", 1, True), ("run1", 0, True)])
+def test_new_job_without_a_name_does_not_take_the_last_one_for_its_own(
+    trained_run, monkeypatch, name, restarts, goes_on
+):
+    """As after `torchrun --nnodes 2 --master-addr ...`, whose jobs all have the same name, none."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    state = load_checkpoint(trained_run)
+    state["args"]["job"] = name
+    save_checkpoint(trained_run, state)
+    args = train.parse_args([f"--out-dir={trained_run}", *SMALL, "--save-every=10", "--steps=40"])
+    assert args.resume == (str(trained_run) if goes_on else None)
 
 
 @pytest.mark.slow

@@ -253,6 +253,8 @@ def test_divergence_ends_the_run_and_names_the_last_finite_checkpoint(tmp_path, 
     assert ended.value.code == 1 and printed.count("\n") == 1
     assert "diverged after step" in printed and "NaN or infinite; lower the learning rate" in printed
     assert f"the checkpoint of step {saved['progress']['step']} is whole" in printed
+    advice = printed.strip().split("to go on: ")[1]  # by the same steps it would diverge again
+    assert script.parse_args(advice.split()[2:]).lr == 5e19
     assert all(value.isfinite().all() for value in saved["model"].values())
     assert not any("nan" in line or "inf" in line for line in (tmp_path / "metrics.csv").read_text().splitlines())
 

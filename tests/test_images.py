@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.transforms.functional import resize
 
 import images
-from data import batch_indices, batches, channel_stats, load_dataset
+from data import batch_indices, batches, channel_stats, dataset_of, load_dataset
 from images import ImageFiles, count_pixels
 
 
@@ -267,3 +267,13 @@ def test_folder_without_images_is_named(tmp_path, folder):
     save(tmp_path / "one" / "a.png")
     with pytest.raises(ValueError, match="1 good images, 0 of them to train on"):
         load(tmp_path / "one")
+
+
+@pytest.mark.parametrize("named", [None, "elsewhere"])
+def test_folder_that_has_moved_is_asked_for_by_the_flag_that_all_scripts_have(folder, tmp_path, named):
+    args = {"dataset": str(folder), "data_dir": "", "image_size": None, "memory_limit": None, "skip_bad_images": False}
+    run = {"args": args, "data": load(folder).digest}
+    folder.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=f"{named or folder} is not there.*--data-dir"):
+        dataset_of(run, named)
+    assert len(dataset_of(run, str(tmp_path / "moved")).train_images) == 20

@@ -17,6 +17,7 @@ from torchvision import datasets
 import checkpoint
 import evaluate
 import loop
+import process
 import sample
 import train as script
 import train_prior
@@ -210,7 +211,8 @@ def refusal(capsys, *flags):
         *((f"--{name}", "0") for name in ("steps", "batch-size", "codebook-size", "code-dim", "width", "save-every")),
         *(("--steps", bad) for bad in ("-5", "1.5", "many")), *(("--lr", bad) for bad in ("-1", "nan", "inf")),
         ("--beta", "-1"), ("--decay", "1"), ("--revive-below", "1.5"), ("--seed", "-1"), ("--dataset", "imagenet"),
-        ("--device", "tpu"), ("--precision", "float8"), ("--no-such-flag", "1"),
+        ("--downsample", "x"), ("--downsample", "3"), ("--device", "tpu"), ("--precision", "float8"),
+        ("--no-such-flag", "1"),
     ],
 )  # fmt: skip
 def test_bad_flag_is_named_in_one_line(capsys, flag, value):
@@ -294,6 +296,23 @@ def test_resume_refuses_flags_that_contradict_the_run_and_names_both_values(caps
     assert "has done its 30 steps; give more with --steps" in refusal(capsys, "--resume", trained_run)
     assert "checkpoint" in refusal(capsys, "--resume", "n" * 300)
     assert "leave out --out-dir" in refusal(capsys, "--resume", trained_run, "--steps", 40, "--out-dir", "elsewhere")
+
+
+def test_learning_rates_may_change_on_resume(trained_run):
+    before = checkpoint.load_checkpoint(trained_run)["model"]
+    script.main(script.parse_args(["--resume", str(trained_run), "--steps=32", "--lr=0", "--codebook-lr=0"]))
+    after = checkpoint.load_checkpoint(trained_run)["model"]
+    learnt = [name for name in before if ".quantizer." not in name]
+    assert all(torch.equal(before[name], after[name]) for name in learnt)
+    script.main(script.parse_args(["--resume", str(trained_run), "--steps=34", "--lr=0.01"]))
+    later = checkpoint.load_checkpoint(trained_run)["model"]
+    assert not any(torch.equal(later[name], after[name]) for name in learnt if name.endswith("weight"))
+
+
+def test_commands_to_go_on_hold_wherever_one_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    python, path, *words = shlex.split(process.command("train.py", "--resume", "my run"))
+    assert python == sys.executable and Path(path).resolve() == ROOT / "train.py" and words == ["--resume", "my run"]
 
 
 def test_every_flag_has_its_help(capsys):
