@@ -201,21 +201,24 @@ def set_random_state(state: dict[str, Tensor], device: torch.device):
 
 
 @contextlib.contextmanager
-def run_errors(folder: Path, progress: dict, name: str = CHECKPOINT):
-    """End a run that diverged or lost its disk with one line that names its last checkpoint, and exit code 1."""
+def run_errors(folder: Path, progress: dict, rates: dict[str, float], name: str = CHECKPOINT):
+    """End a run that diverged or lost its disk with one line that names its last checkpoint, and exit code 1.
+
+    Args:
+        rates: the run's learning rates by their flags; with the same, it would diverge again.
+    """
     try:
         yield
     except (OSError, FloatingPointError) as error:
         kind = "diverged" if isinstance(error, FloatingPointError) else "cannot go on"
         message = f"{kind} after step {progress['step']}: {error}"
         with contextlib.suppress(ValueError, OSError):
-            saved, resume = load_checkpoint(folder, name), resume_command(folder, name)
-            if kind == "diverged":  # as it would again
-                resume += f" --lr {saved['args']['lr'] / 2:g}"
-            message += f"; the checkpoint of step {saved['progress']['step']} is whole, to go on: {resume}"
+            saved = load_checkpoint(folder, name)["progress"]["step"]
+            message += f"; the checkpoint of step {saved} is whole, to go on: {resume_command(folder, name)}"
+            if kind == "diverged":
+                message += "".join(f" {flag} {rate / 2:g}" for flag, rate in rates.items())
         fail(message, code=1)
 
 
 def resume_command(folder: Path, name: str) -> str:
-    words = SCRIPTS[name], "--resume", str(folder)
-    return command(*words) if processes() == 1 else f"torchrun ... {shlex.join(words)}"
+    return command(SCRIPTS[name], "--resume", folder, start="" if processes() == 1 else "torchrun ...")

@@ -29,7 +29,7 @@ from images import ImageFiles, Images, count_pixels, fit, load_folder
 
 IDX = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "kmnist": datasets.KMNIST}
 NAMES = (*IDX, "cifar10", "digits")
-PART_PIXELS = 2**19  # that are measured or encoded at once: larger images, fewer of them
+PART_PIXELS = 2**19  # that are measured, encoded or drawn at once: larger images, fewer of them
 # torchvision knows the checksums of the archives, not of the files in them, and never looks at those again.
 MNIST_MD5 = {
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
@@ -230,10 +230,9 @@ def batch_indices(n: int, batch_size: int, seed: int, step: int) -> Tensor:
     return torch.cat(parts)
 
 
-def parts(images: Images, count: int | None = None) -> tuple[Tensor, ...]:
-    """Return the indices of the first `count` images, by default of all, in batches of up to a hundred, to measure."""
-    size = max(1, min(100, PART_PIXELS // math.prod(images.shape[-2:])))
-    return torch.arange(len(images) if count is None else count).split(size)
+def parts(count: int, image_size: tuple[int, int], most: int = 100) -> tuple[Tensor, ...]:
+    """Return the indices of `count` images of (H, W) pixels in batches of `most`, or of fewer large ones."""
+    return torch.arange(count).split(max(1, min(most, PART_PIXELS // math.prod(image_size))))
 
 
 def batches(images: Images, order: Iterable[Tensor], device: torch.device) -> Generator[Tensor, None, None]:

@@ -31,7 +31,7 @@ def evaluate(model: VQVAE, images: Images) -> tuple[dict[str, float], list[Tenso
     model.eval()
     device = model.mean.device
     errors, counts = [], [0] * len(model.levels)
-    for batch in batches(images, parts(images), device):
+    for batch in batches(images, parts(len(images), images.shape[-2:]), device):
         x = to_pixels(batch, device)
         out = model(x)
         x_recon = out.x_recon.clamp(0, 1)

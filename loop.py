@@ -124,7 +124,7 @@ def train_loop(
     args: argparse.Namespace,
     resume: str,
     progress: dict,
-    rates: list[tuple[dict, float]],
+    highest: list[tuple[dict, float]],
     signals: list[int],
     images: Images,
     device: torch.device,
@@ -137,7 +137,7 @@ def train_loop(
     Args:
         resume: the command to go on with.
         progress: the `step` that is done, the `seconds` it took, the step last `logged` and the `sums` since then.
-        rates: each group of parameters, those of all optimisers, and its highest learning rate.
+        highest: each group of parameters, those of all optimisers, and its highest learning rate.
         images: of the training set, or what else stands for them; each rank takes its share of a step's.
         update: takes a batch, makes a step of the optimiser, and returns what to add up over steps and processes.
         log: writes the metrics since the last log and, if its argument says that the run saves here, its pictures;
@@ -156,8 +156,8 @@ def train_loop(
     stream = batches(images, order, device)
     with contextlib.closing(bar), contextlib.closing(stream):  # or images are still decoded ahead
         for step, batch in enumerate(stream, progress["step"] + 1):
-            for group, highest in rates:
-                group["lr"] = highest * schedule(step, args.steps)
+            for group, rate in highest:
+                group["lr"] = rate * schedule(step, args.steps)
             sums, stopping = update(batch), bool(signals)
             if ranks > 1:
                 sums = torch.cat([sums, sums.new_tensor([stopping])])

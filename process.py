@@ -78,10 +78,10 @@ def pick_device(device: str = "auto", precision: str = "auto", compile: bool = F
     return torch.device(device), precision
 
 
-def command(script: str, *words) -> str:
-    """Return what to type here to run a script of the project by the Python that runs this one."""
+def command(script: str, *words, start: str = "") -> str:
+    """Return what to type here to run a script of the project, by default by the Python that runs this one."""
     path = os.path.relpath(Path(__file__).with_name(script))
-    return shlex.join([sys.executable, path, *map(str, words)])
+    return f"{start or shlex.quote(sys.executable)} {shlex.join([path, *map(str, words)])}"
 
 
 def check_memory(make_model: Callable[[], nn.Module], device: torch.device):

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 import figures
 from checkpoint import PRIOR, digest_of, load_checkpoint, load_model, writable_folder
-from data import to_pixels
+from data import parts, to_pixels
 from images import decode
 from model import VQVAE
 from prior import Prior, build_prior, generate
@@ -18,7 +18,6 @@ from process import command, number, pick_device, user_errors
 
 PER_CLASS = 10
 COMPLETIONS = 8  # of each image
-PART_CODES = 2**16  # that are drawn at once, with caches of keys and values for each
 TEMPERATURE, TOP_P, GUIDANCE = 1.0, 0.97, 1.35
 
 
@@ -72,8 +71,8 @@ def draw(model: VQVAE, prior: Prior, labels: Tensor, seed: int = 0, given: Tenso
     prior.eval()
     generator = torch.Generator(device).manual_seed(seed)
     images = []
-    parts = torch.arange(len(labels)).split(max(1, min(500, PART_CODES // prior.length)))
-    for part in tqdm(parts, "drawing", disable=None if len(parts) > 1 else True):
+    order = parts(len(labels), model.image_size, most=500)
+    for part in tqdm(order, "drawing", disable=None if len(order) > 1 else True):
         kept = None if given is None else given[part].to(device)
         codes = generate(prior, labels[part].to(device), given=kept, generator=generator, **options)
         levels = [codes.unflatten(1, grid) for codes, grid in zip(codes.split(prior.sizes, 1), prior.grids)]

@@ -5,6 +5,7 @@ step and resumed ends with the same weights, bit for bit on a CPU, as one that w
 """
 
 import argparse
+import collections
 import csv
 import json
 import math
@@ -125,7 +126,7 @@ def main(args: argparse.Namespace):
         if checkpoint:
             check_same(data, checkpoint)
         shown = min(CURVE_IMAGES, len(data.test_images), max(1, CURVE_PIXELS // math.prod(image_shape[1:])))
-        first_test_images = torch.cat(list(batches(data.test_images, parts(data.test_images, shown), device)))
+        first_test_images = torch.cat(list(batches(data.test_images, parts(shown, image_shape[1:]), device)))
         signals = catch_signals()
         if rank == 0 and not checkpoint:
             prepare_folder(folder)
@@ -187,12 +188,13 @@ def main(args: argparse.Namespace):
         state |= {"args": vars(args), "data": data.digest, "image_shape": image_shape, "progress": progress}
         save_checkpoint(folder, state)
 
-    with run_errors(folder, progress):
+    rates = {"--lr": args.lr, "--codebook-lr": args.codebook_lr}
+    with run_errors(folder, progress, rates):
         if rank == 0:
             trim_metrics(folder / "metrics.csv", columns(args.levels), progress["step"])
         resume, images = resume_command(folder, CHECKPOINT), data.train_images
-        rates = list(zip(optimizer.param_groups, (args.lr, args.codebook_lr)))
-        train_loop(args, resume, progress, rates, signals, images, device, update, log, save)
+        highest = list(zip(optimizer.param_groups, rates.values()))
+        train_loop(args, resume, progress, highest, signals, images, device, update, log, save)
     if rank == 0:
         summary = json.loads((folder / "summary.json").read_text())
         used = " + ".join(str(summary["codes_used" + of]) for of in LEVELS[args.levels])
@@ -263,13 +265,18 @@ def write_metrics(folder: Path, args: argparse.Namespace, progress: dict, test_m
 @torch.inference_mode()
 def save_pictures(folder: Path, model: VQVAE, images: Tensor, title: str, step: int):
     """Draw the first images' reconstructions, with two levels also from each level's codes alone, and the curves."""
-    x = to_pixels(images[: figures.ROWS // 2 * figures.images_per_row(images.shape[-1])], model.mean.device)
+    count, size = figures.ROWS // 2 * figures.images_per_row(images.shape[-1]), images.shape[-2:]
+    rows = collections.defaultdict(list)
     model.eval()
-    indices, size = model.encode(x), x.shape[-2:]
-    rows = {"original": x, "reconstruction": model.decode(indices, size)}
-    if len(indices) > 1:
-        for i, of in enumerate(LEVELS[len(indices)]):
-            rows[f"{of[1:]} alone"] = model.decode([level if i == j else None for j, level in enumerate(indices)], size)
+    for part in parts(min(count, len(images)), size):
+        x = to_pixels(images[part], model.mean.device)
+        indices = model.encode(x)
+        rows["original"].append(x)
+        rows["reconstruction"].append(model.decode(indices, size))
+        for i, of in enumerate(LEVELS[len(indices)] if len(indices) > 1 else ()):
+            alone = [level if i == j else None for j, level in enumerate(indices)]
+            rows[f"{of[1:]} alone"].append(model.decode(alone, size))
+    rows = {name: torch.cat(made) for name, made in rows.items()}
     model.train()
     figures.save_reconstructions(folder / f"recon_{step:06d}.png", rows, title)
     figures.save_curves(folder / "curves.png", folder / "metrics.csv", title)
@@ -287,7 +294,7 @@ def finish(
     """Measure the model on all test images, draw its codebooks, and write the summary; the clock stood at `began`."""
     measured, counts = evaluate(model, data.test_images)
     with torch.inference_mode():
-        z_e = model.z_e(to_pixels(images[parts(images)[0]], model.mean.device))
+        z_e = model.z_e(to_pixels(images[parts(len(images), images.shape[-2:])[0]], model.mean.device))
     codebooks = [level.quantizer.codebook.detach() for level in model.levels]
     names = [f"{of[1:]} " * bool(of) for of in LEVELS[args.levels]]
     title = f"{data.name}, step {progress['step']:,}"

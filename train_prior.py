@@ -185,12 +185,14 @@ def main(args: argparse.Namespace):
         state |= {"args": vars(args), "shape": shape, "best": best, "vqvae": codes["key"], "progress": progress}
         save_checkpoint(folder, state, PRIOR)
 
-    with run_errors(folder, progress, PRIOR):
+    rates = {"--lr": args.lr, "--embedding-lr": args.embedding_lr}
+    with run_errors(folder, progress, rates, PRIOR):
         if rank == 0:
             trim_metrics(folder / "prior_metrics.csv", COLUMNS, progress["step"])
         resume = resume_command(folder, PRIOR)
-        rates = [(o.param_groups[0], rate) for o, rate in zip(optimizers, (args.lr, args.embedding_lr))]
-        train_loop(args, resume, progress, rates, signals, train, device, update, log, save)
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        highest = list(zip(groups, rates.values()))
+        train_loop(args, resume, progress, highest, signals, train, device, update, log, save)
     if rank == 0:
         summary = json.loads((folder / "prior_summary.json").read_text())
         draw = command("sample.py", "--run", folder)
@@ -221,7 +223,7 @@ def load_codes(folder: Path, model: VQVAE, vqvae: dict, data_dir: str | None) ->
         ("train", data.train_images, data.train_labels),
         ("test", data.test_images, data.test_labels),
     ):
-        order = parts(images)
+        order = parts(len(images), images.shape[-2:])
         rows = []
         for batch in tqdm(batches(images, order, model.mean.device), f"encoding {split}", len(order), disable=None):
             indices = model.encode(to_pixels(batch, model.mean.device))

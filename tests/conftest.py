@@ -25,7 +25,8 @@ TINY = ["--width=16", "--depth=1", "--heads=2", "--batch-size=16", "--log-every=
 def the_same_everywhere(monkeypatch):
     """Random tensors do not depend on the tests before, nor what scripts compute on whether there is a GPU."""
     torch.manual_seed(0)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for backend in (torch.cuda, torch.backends.mps):
+        monkeypatch.setattr(backend, "is_available", lambda: False)
 
 
 @pytest.fixture(autouse=True)

@@ -44,7 +44,6 @@ def test_distance_within_is_the_mean_over_pairs_and_classes():
 
 @pytest.mark.parametrize("ema", [False, True])
 def test_textbook_layer_does_what_ours_does(ema):
-    torch.manual_seed(0)
     textbook, ours = Textbook(16, 4, ema), VectorQuantizer(16, 4, ema=ema, kmeans_start=False, revive_below=0)
     with torch.no_grad():
         ours.codebook.copy_(textbook.codebook)

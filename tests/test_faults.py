@@ -107,10 +107,12 @@ def test_killed_at_50_random_moments_it_resumes_to_the_same_end(forker, undistur
     moments, found = random.Random(0), []
     while len(found) < 50:
         folder, moment = tmp_path / f"{len(found)}", moments.uniform(0, seconds)
-        if forker(folder, seconds=moment) == 0:
+        code = forker(folder, seconds=moment)
+        if code == 0:
             shutil.rmtree(folder)
             seconds = moment
             continue
+        assert code == -signal.SIGKILL
         began = time.perf_counter()
         found.append(finish_and_compare(forker, folder, whole))
         if found[-1] == 0:  # all of it was left to do
@@ -130,7 +132,8 @@ def test_second_ctrl_c_stops_at_once_and_leaves_the_last_checkpoint_whole(tmp_pa
         def batch_indices(*args):
             if args[-1] == 8:
                 print("slow", flush=True)
-                while signal.getsignal(signal.SIGINT) != signal.SIG_DFL:
+                last = time.monotonic() + 60
+                while signal.getsignal(signal.SIGINT) != signal.SIG_DFL and time.monotonic() < last:
                     time.sleep(0.01)
                 print("caught", flush=True)
                 time.sleep(60)
@@ -255,6 +258,9 @@ def test_divergence_ends_the_run_and_names_the_last_finite_checkpoint(tmp_path, 
     assert f"the checkpoint of step {saved['progress']['step']} is whole" in printed
     advice = printed.strip().split("to go on: ")[1]  # by the same steps it would diverge again
     assert script.parse_args(advice.split()[2:]).lr == 5e19
+    with pytest.raises(SystemExit):
+        script.main(script.parse_args([*advice.split()[2:], "--codebook-lr=1"]))
+    assert capsys.readouterr().err.strip().endswith("--lr 2.5e+19 --codebook-lr 0.5")
     assert all(value.isfinite().all() for value in saved["model"].values())
     assert not any("nan" in line or "inf" in line for line in (tmp_path / "metrics.csv").read_text().splitlines())
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from conftest import ROOT, TINY, same_state, save, train, train_prior
 from PIL import Image
 
+import data
 import loop
 import sample as sample_script
 import train_prior as script
@@ -185,7 +186,6 @@ def test_samples_are_images_and_a_seed_fixes_them(prior_run):
 def test_samples_differ_by_class(prior_run):
     """Take the likeliest image of each class from a prior whose label matters."""
     model, prior = load_run(prior_run)
-    torch.manual_seed(0)
     torch.nn.init.normal_(prior.label.weight, std=10)
     images = sample(model, prior, num=10, temperature=1e-6)
     assert len(images.flatten(1).unique(dim=0)) > 2
@@ -212,10 +212,10 @@ def test_sample_writes_a_row_per_class_and_single_images(generating_run, drawn, 
         assert np.array_equal(np.asarray(Image.open(file)), image[0].numpy())  # grey, as it was learnt
 
 
-def test_what_is_drawn_at_once_is_bounded_by_codes(prior_run, monkeypatch):
+def test_what_is_drawn_at_once_is_bounded_by_pixels(prior_run, monkeypatch):
     drawn, original = [], sample_script.generate
     monkeypatch.setattr(sample_script, "generate", lambda *a, **o: drawn.append(original(*a, **o)) or drawn[-1])
-    monkeypatch.setattr(sample_script, "PART_CODES", 3 * 49 + 1)
+    monkeypatch.setattr(data, "PART_PIXELS", 3 * 28 * 28 + 1)
     assert sample(*load_run(prior_run), num=10).shape == (10, 1, 28, 28)
     assert [len(codes) for codes in drawn] == [3, 3, 3, 1]
 

@@ -45,7 +45,6 @@ def test_each_code_is_predicted_from_those_before_it_alone(prior):
 
 
 def test_codes_that_are_near_one_another_start_alike_at_every_level():
-    torch.manual_seed(0)
     prior, codebooks = Prior(K, [(1, 2), (2, 4)], classes=3, width=256), [torch.randn(K, 8), 5 + 3 * torch.randn(K, 4)]
     prior.start_from(codebooks)
     for codebook, coming_in, head in zip(codebooks, prior.code.weight.split(K), prior.heads):
@@ -102,7 +101,6 @@ def test_blocks_share_no_weights():
 
 
 def test_learns_four_sequences_by_heart_and_draws_each_for_its_class():
-    torch.manual_seed(0)
     prior = Prior(K, [(3, 3)], classes=4, width=32, depth=2, heads=2)
     codes, labels = torch.randint(K, (4, 9)), torch.arange(4)
     optimizer = torch.optim.Adam(prior.parameters(), lr=1e-2)
