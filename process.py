@@ -18,14 +18,15 @@ import torch.distributed as dist
 from torch import nn
 
 
-def number(kind: type, low: float, below: float = math.inf):
-    """Return an argparse type: an int or a float in [low, below)."""
+def number(kind: type, low: float, below: float = math.inf, above: bool = False):
+    """Return an argparse type: an int or a float in [low, below), or in (low, below) where it has to be `above`."""
 
     def parse(text):
         value = kind(text)
-        if not low <= value < below:
+        if not low <= value < below or (above and value == low):
+            least = f"{'above' if above else 'at least'} {low}"
             bound = f" and below {below}" if below < math.inf else ", and finite"
-            raise argparse.ArgumentTypeError(f"{text} must be at least {low}{bound}")
+            raise argparse.ArgumentTypeError(f"{text} must be {least}{bound}")
         return value
 
     parse.__name__ = kind.__name__  # what argparse calls it in its own messages

@@ -104,7 +104,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         usage=argparse.SUPPRESS,  # an error is then one line
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    positive, above_zero = number(int, 1, 2**31), number(float, 1e-6)
+    positive, above_zero = number(int, 1, 2**31), number(float, 0, above=True)
     parser.add_argument("--run", default="results", help="folder of the run")
     parser.add_argument("--num", type=positive, help="images in all; by default 10 of each class")
     parser.add_argument("--classes", type=class_list, help="as 3,7, in order of their names, from 0; by default all")

@@ -166,7 +166,7 @@ def test_killed_rank_ends_the_job_in_bounded_time_or_restarts_it_from_the_last_c
     folder = tmp_path / "ended"
     process = torchrun("--standalone", *long, f"--out-dir={folder}")
     kill_one_rank(process, folder)
-    code, _ = finish(process, seconds=120)
+    code, _ = finish(process, seconds=60)
     assert code != 0 and not (folder / "summary.json").exists()
 
     folder = tmp_path / "restarted"
@@ -185,7 +185,7 @@ def test_sigterm_to_the_agent_saves_and_stops_all_ranks(tmp_path):
     )
     wait_for_metrics(process, tmp_path)
     process.send_signal(signal.SIGTERM)
-    code, printed = finish(process, seconds=120)
+    code, printed = finish(process, seconds=60)
     step = load_checkpoint(tmp_path)["progress"]["step"]
     assert code != 0 and step >= 3 and f"stopped at step {step}" in printed
 

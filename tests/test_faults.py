@@ -109,6 +109,7 @@ def test_killed_at_50_random_moments_it_resumes_to_the_same_end(forker, undistur
         folder, moment = tmp_path / f"{len(found)}", moments.uniform(0, seconds)
         code = forker(folder, seconds=moment)
         if code == 0:
+            assert same_run(folder, whole)
             shutil.rmtree(folder)
             seconds = moment
             continue
@@ -145,7 +146,7 @@ def test_second_ctrl_c_stops_at_once_and_leaves_the_last_checkpoint_whole(tmp_pa
         for word in ("slow\n", "caught\n"):
             assert word in process.stdout  # reads until it comes
             process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == -signal.SIGINT
+        assert process.wait(timeout=10) == -signal.SIGINT
     assert checkpoint.load_checkpoint(tmp_path)["progress"]["step"] == 7
 
 

@@ -282,9 +282,10 @@ def test_prior_of_another_vqvae_is_refused(capsys, generating_run, tmp_path):
     [
         ("--classes", "3,10", "the prior was trained on 10 classes, from 0 on"),
         ("--classes", "3;7", "must be numbers of classes, such as 3,7"),
-        ("--temperature", "0", "must be at least 1e-06"),
-        ("--temperature", "nan", "must be at least 1e-06"),
-        ("--top-p", "-1", "must be at least 1e-06"),
+        ("--temperature", "0", "must be above 0"),
+        ("--temperature", "nan", "must be above 0"),
+        ("--temperature", "hot", "invalid float value"),
+        ("--top-p", "-1", "must be above 0"),
         ("--top-p", "95", "must be at most 1"),
         ("--guidance", "1e39", "guidance"),
         ("--top-k", "-1", "top-k"),

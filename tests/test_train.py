@@ -474,14 +474,8 @@ def test_run_whose_images_vanish_ends_with_one_line_and_a_checkpoint(folder, tmp
             return original(*args)
         train.write_metrics = write_metrics
         train.main(train.parse_args(sys.argv[2:]))"""
-    flags = [
-        f"--dataset={folder}",
-        f"--out-dir={tmp_path}",
-        "--memory-limit=0",
-        "--steps=99",
-        "--save-every=25",
-        "--log-every=25",
-    ]
+    flags = [f"--dataset={folder}", f"--out-dir={tmp_path}", "--memory-limit=0"]
+    flags += ["--steps=99", "--save-every=25", "--log-every=25"]  # farther apart than workers decode ahead
     command = [sys.executable, "-c", code, folder, *SMALL, *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
