@@ -5,33 +5,41 @@ standard deviation 1.5, over the positions where it lies inside the image.
 """
 
 import argparse
+import io
 import json
 
+from harness.cli import make_parser, say, user_errors
+from harness.data import batches, chunks, dataset_of, to_pixels
+from harness.folder import Images
+from harness.machine import pick_device
+from harness.storage import load_checkpoint, lock_folder, new_folder, writable_folder, write_whole
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+from tqdm import tqdm
 
-from checkpoint import IMAGE_CACHE, load_checkpoint, load_model, writable_folder, write_whole
-from data import batches, dataset_of, parts, to_pixels
-from images import Images
-from model import LEVELS, VQVAE
-from process import pick_device, user_errors
+from model import VQVAE, load_model, named
 from quantizer import perplexity
+from reconstruct import write_reconstructions
 
 
 @torch.inference_mode()
 def evaluate(model: VQVAE, images: Images) -> tuple[dict[str, float], list[Tensor]]:
-    """Reconstruct uint8 images (N, C, H, W) in float32, in parts; the figures are over all of them.
+    """Reconstruct uint8 images (N, C, H, W) in float32, in chunks; the figures are over all of them.
 
     Returns:
-        test_mse, test_psnr (dB), test_ssim, and perplexity and codes_used of each level (`LEVELS`);
+        test_mse, test_psnr (dB), test_ssim, and perplexity and codes_used of each level;
         and each level's counts of its codes, (K,) int64.
     """
     was_training = model.training
     model.eval()
     device = model.mean.device
     errors, counts = [], [0] * len(model.levels)
-    for batch in batches(images, parts(len(images), images.shape[-2:]), device):
+    for batch in batches(images, chunks(len(images), images.shape[-2:]), device):
         x = to_pixels(batch, device)
         out = model(x)
         x_recon = out.x_recon.clamp(0, 1)
@@ -41,8 +49,11 @@ def evaluate(model: VQVAE, images: Images) -> tuple[dict[str, float], list[Tenso
             counts[i] = counts[i] + level.quantizer.count(quantized.indices).cpu()
     model.train(was_training)
     measured = dict(zip(("test_mse", "test_psnr", "test_ssim"), torch.cat(errors, 1).mean(1).tolist()))
-    for of, uses in zip(LEVELS[len(counts)], counts):
-        measured |= {"perplexity" + of: perplexity(uses).item(), "codes_used" + of: int((uses > 0).sum())}
+    for name, uses in zip(model.level_names, counts):
+        measured |= {
+            named("perplexity", name): perplexity(uses).item(),
+            named("codes_used", name): int((uses > 0).sum()),
+        }
     return measured, counts
 
 
@@ -68,26 +79,59 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     return (numerator / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))).view(len(x), -1).mean(1)
 
 
+@torch.inference_mode()
+def evaluate_jpeg(model: VQVAE, images: Images) -> dict[str, float]:
+    """Measure PSNR (dB) and SSIM as the public code of CVQ-VAE (arXiv 2307.15139) does: through JPEG files, in RGB.
+
+    Originals and reconstructions are written at Pillow's default quality, 75, and read back before they are compared.
+    Raises:
+        ValueError: scikit-image is not installed.
+    """
+    try:
+        from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+    except ImportError:
+        raise ValueError("--jpeg needs scikit-image; install requirements-dev.txt") from None
+    psnr, ssim, device = [], [], model.mean.device
+    order = chunks(len(images), images.shape[-2:])
+    for batch in tqdm(batches(images, order, device), "through JPEG", len(order), disable=None):
+        x = to_pixels(batch, device)
+        for pair in zip(x, model(x).x_recon.clamp(0, 1)):
+            original, made = map(through_jpeg, pair)
+            psnr.append(peak_signal_noise_ratio(original, made, data_range=1))
+            ssim.append(structural_similarity(original, made, win_size=11, channel_axis=-1, data_range=1))
+    return {"jpeg_psnr": float(np.mean(psnr)), "jpeg_ssim": float(np.mean(ssim))}
+
+
+def through_jpeg(image: Tensor) -> np.ndarray:
+    """Return an image (C, H, W) in [0, 1] as a JPEG file gives it back, (H, W, 3) in [0, 1]."""
+    file = io.BytesIO()
+    to_pil_image((image.cpu() * 255).round().to(torch.uint8)).convert("RGB").save(file, "JPEG")
+    return np.asarray(Image.open(file)) / 255
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Measure a trained VQ-VAE on the test images and write evaluation.json beside its checkpoint.",
-        usage=argparse.SUPPRESS,  # an error is then one line
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = make_parser("Measure a trained VQ-VAE on the test images; write evaluation.json beside its checkpoint.")
     parser.add_argument("--run", default="results", help="folder of the run")
     parser.add_argument("--data-dir", help="folder of the data set, if it is not where it was for training")
+    parser.add_argument("--jpeg", action="store_true", help="also measure through JPEG files, as CVQ-VAE's code does")
+    parser.add_argument("--out", metavar="DIR", help="new folder for originals/, reconstructions/ and codes.npz")
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace):
     with user_errors():
-        checkpoint = load_checkpoint(args.run)
-        folder = writable_folder(args.run)
-        data = dataset_of(checkpoint, args.data_dir, folder / IMAGE_CACHE)
-        measured, _ = evaluate(load_model(checkpoint, pick_device()[0]), data.test_images)
-        text = json.dumps({"dataset": data.name, "step": checkpoint["progress"]["step"], **measured}, indent=2)
-        write_whole(folder / "evaluation.json", (text + "\n").encode())
-    print(text)
+        checkpoint, folder = load_checkpoint(args.run), writable_folder(args.run)
+        model = load_model(checkpoint, pick_device()[0])
+        data = dataset_of(checkpoint, folder, args.data_dir)
+        with lock_folder(folder), new_folder(args.out) as out:
+            measured, _ = evaluate(model, data.test_images)
+            if args.jpeg:
+                measured |= evaluate_jpeg(model, data.test_images)
+            if out:
+                write_reconstructions(out, model, data.test_images, checkpoint)
+            text = json.dumps({"dataset": data.name, "step": checkpoint["progress"]["step"], **measured}, indent=2)
+            write_whole(folder / "evaluation.json", text + "\n")
+    say(text)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from quantizer import Quantized, VectorQuantizer
 
-LEVELS = {1: ("",), 2: ("_top", "_bottom")}  # for each number of levels, what is added to the name of what each has
+LEVEL_NAMES = {1: ("",), 2: ("top", "bottom")}  # for each number of levels
 
 
 class Reconstruction(NamedTuple):
@@ -76,7 +76,7 @@ class Level(nn.Module):
         self.encoder, self.to_code, self.quantizer, self.decoder = encoder, to_code, quantizer, decoder
 
     def average_code(self, batch: int, height: int, width: int) -> Tensor:
-        """Return the mean of the codes, weighted by their use, everywhere: z_q (B, D, h, w)."""
+        """Return the mean of the codes, weighted by their use, at every position: z_q (B, D, h, w)."""
         counts = self.quantizer.ema_counts
         return (counts @ self.quantizer.codebook / counts.sum()).view(1, -1, 1, 1).expand(batch, -1, height, width)
 
@@ -84,8 +84,8 @@ class Level(nn.Module):
 class VQVAE(nn.Module):
     """Autoencoder whose latents are codes of a codebook (arXiv 1711.00937), or of two (arXiv 1906.00446).
 
-    With two levels, the top encoder sees the bottom encoder's features; what the top codes are decoded to joins these
-    features before they are quantized, and the bottom codes in the decoder that makes the image.
+    With two levels, the top encoder sees the bottom encoder's features. What the top codes are decoded to joins these
+    features before they are quantized, and joins the bottom codes in the decoder that makes the image.
 
     Args:
         channels: of the images, C.
@@ -94,7 +94,7 @@ class VQVAE(nn.Module):
         width: channels of the convolutions.
         blocks: residual blocks in each encoder, and as many in each decoder.
         downsample: pixels per code of the bottom level in each direction, a power of two from 2 on.
-        levels: of codes; each has half the height and width of the one below it.
+        levels: 1 or 2; each level has half the height and width of the one below it.
         mean, std: (C,) of the training pixels. The network sees and makes normalised images.
         quantizer_options: further arguments of `VectorQuantizer`.
     """
@@ -116,7 +116,7 @@ class VQVAE(nn.Module):
         super().__init__()
         if downsample < 2 or downsample.bit_count() > 1:
             raise ValueError(f"downsample is {downsample}, but must be a power of two from 2 on")
-        self.channels, self.image_size = channels, tuple(image_size)
+        self.channels, self.image_size, self.level_names = channels, tuple(image_size), LEVEL_NAMES[levels]
         self.strides = [downsample * 2**i for i in reversed(range(levels))]  # pixels per code, top first
         self.register_buffer("mean", torch.as_tensor(mean).expand(channels).reshape(-1, 1, 1).clone())
         self.register_buffer("std", torch.as_tensor(std).expand(channels).reshape(-1, 1, 1).clone())
@@ -134,15 +134,20 @@ class VQVAE(nn.Module):
         """Encode, quantize and decode; x_recon is float32 and not clamped to [0, 1]."""
         quantized, above = [], None
         for level, features in zip(self.levels, self._features(x)):
-            quantized.append(level.quantizer(level.to_code(join(features, above))))
-            above = level.decoder(join(quantized[-1].z_q, above))
+            quantized.append(level.quantizer(level.to_code(concat(features, above))))
+            above = level.decoder(concat(quantized[-1].z_q, above))
         return Reconstruction(self._pixels(above, x.shape[-2:]), quantized)
 
+    @property
+    def starting(self) -> bool:
+        """Whether a codebook still takes its start from the batches, which asks for values: do not compile it yet."""
+        return not all(level.quantizer.all_started for level in self.levels)
+
     def z_e(self, x: Tensor) -> list[Tensor]:
-        """Return each level's vectors of images, (B, D, h, w), before they are quantized; this changes no codebook."""
+        """Return each level's vectors of images before they are quantized, (B, D, h, w); this changes no codebook."""
         z_e, z_q = [], []
         for level, features in zip(self.levels, self._features(x)):
-            z_e.append(level.to_code(join(features, self._decode(z_q))))
+            z_e.append(level.to_code(concat(features, self._decode(z_q))))
             z_q.append(level.quantizer.lookup(level.quantizer.encode(z_e[-1])))
         return z_e
 
@@ -152,19 +157,16 @@ class VQVAE(nn.Module):
         return [level.quantizer.encode(z_e) for level, z_e in zip(self.levels, self.z_e(x))]
 
     def decode(self, indices: list[Tensor | None], size: tuple[int, int] | None = None) -> Tensor:
-        """Return the images of codes, in [0, 1], cropped to `size`.
+        """Return the images of codes, in [0, 1], cropped to `size`; by default to `image_size` if it has this grid.
 
-        Without it they are cropped to the model's `image_size`, if they have as many codes as its images. None in place
-        of a level's indices stands for its average code everywhere: the images are what the other levels carry.
+        None in place of a level's indices stands for its average code: the images are what the other levels carry.
         """
         known = [(level, stride) for level, stride in zip(indices, self.strides) if level is not None]
-        if len(indices) != len(self.levels):
-            raise ValueError(f"got indices of {len(indices)} levels, but the model has {len(self.levels)}")
-        if not known:
-            raise ValueError("got no indices of any level; give those of one at least")
+        if len(indices) != len(self.levels) or not known:
+            raise ValueError(f"got indices of {len(known)} levels, but the model has {len(self.levels)}")
         batch, grid = len(known[0][0]), [length * known[0][1] for length in known[0][0].shape[-2:]]
         z_q = [
-            level.average_code(batch, *(length // stride for length in grid))
+            level.average_code(batch, grid[0] // stride, grid[1] // stride)
             if chosen is None
             else level.quantizer.lookup(chosen)
             for level, chosen, stride in zip(self.levels, indices, self.strides)
@@ -192,15 +194,20 @@ class VQVAE(nn.Module):
     def _decode(self, z_q):  # of the top level, or of it and those below it
         above = None
         for level, codes in zip(self.levels, z_q):
-            above = level.decoder(join(codes, above))
+            above = level.decoder(concat(codes, above))
         return above
 
     def _pixels(self, x, size):
         return x[..., : size[0], : size[1]].float() * self.std + self.mean
 
 
-def join(x: Tensor, above: Tensor | None) -> Tensor:
+def concat(x: Tensor, above: Tensor | None) -> Tensor:
     return x if above is None else torch.cat([x, above], 1)
+
+
+def named(kind: str, level: str) -> str:
+    """Return the name of a level's figure: codes_used, or with two levels codes_used_top."""
+    return f"{kind}_{level}" if level else kind
 
 
 def build_model(args: dict, image_shape: tuple[int, int, int], **statistics: Tensor) -> VQVAE:
@@ -208,3 +215,17 @@ def build_model(args: dict, image_shape: tuple[int, int, int], **statistics: Ten
     names = ("codebook_size", "code_dim", "width", "blocks", "downsample", "levels")
     names += ("ema", "decay", "kmeans_start", "revive_below")
     return VQVAE(image_shape[0], image_shape[1:], **{name: args[name] for name in names}, **statistics)
+
+
+def load_model(checkpoint: dict, device: torch.device | str = "cpu") -> VQVAE:
+    """Rebuild the VQ-VAE of a checkpoint of train.py, in eval mode.
+
+    Raises:
+        ValueError: the checkpoint does not hold what its arguments describe.
+    """
+    try:
+        model = build_model(checkpoint["args"], checkpoint["identity"]["image_shape"])
+        model.load_state_dict(checkpoint["model"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{checkpoint.get('path')} holds no VQ-VAE of this version of the project") from error
+    return model.to(device, memory_format=torch.channels_last).eval()

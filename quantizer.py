@@ -1,4 +1,4 @@
-"""The codebook of a VQ-VAE: nearest code, straight-through gradient, and the ways the codes learn.
+"""The codebook of a VQ-VAE: nearest code, straight-through gradient, and how the codes learn.
 
 This file needs torch alone; copy it into your own project.
 
@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 LOOKUP_ELEMENTS = 2**20  # distances held at once: 4 MiB of float32 stay in a processor's cache
 LOOKUP_ELEMENTS_GPU = 2**26  # 256 MiB: few kernels, each with enough to do
-LOOKUP_ROWS = 16  # vectors compared at once, at least; of fewer, the matrix product is slow
+LOOKUP_ROWS = 16  # least vectors compared at once; with fewer, the matrix product is slow
 LOOKUP_BLOCK = 64  # codes whose least distance is found together
 KMEANS_ITERATIONS = 10
 
 
 class Quantized(NamedTuple):
-    """What `VectorQuantizer` returns; the losses are means over all elements, without weights."""
+    """What `VectorQuantizer` returns. The losses are means over all elements, unweighted."""
 
     z_q: Tensor
     indices: Tensor
@@ -37,30 +37,29 @@ class Quantized(NamedTuple):
 class VectorQuantizer(nn.Module):
     """Replace each vector of z_e by its nearest code (arXiv 1711.00937, section 3).
 
-        indices         k* = argmin_k ||z_e - e_k||^2         float32 under autocast too; the lowest k of a tie
+        indices         k* = argmin_k ||z_e - e_k||^2         in float32 under autocast too; the lowest k of a tie
         z_q             e_k*, with the gradient of z_e        straight-through estimator
         codebook_loss   mean (sg[z_e] - e_k*)^2               moves the codes
         commitment_loss mean (z_e - sg[e_k*])^2               moves the encoder
 
-    The channels are the space of the codes and every other dimension is flattened: z_e of shape [16, 64, 32, 32] is
-    16,384 vectors of size 64. Train mode also updates the codebook, after the lookup; eval mode changes nothing.
-    Where torch.distributed is initialised, the codebook learns in train mode from the vectors of all processes, which
-    may hold different numbers of them, and stays the same in each.
+    The channels are the space of the codes, and every other dimension is flattened: z_e of shape [16, 64, 32, 32] is
+    16,384 vectors of size 64. In train mode the codebook also changes, after the lookup; in eval mode nothing does.
+    With torch.distributed, the codebook learns from the vectors of all ranks, and stays the same on each.
 
-    The codes learn from `codebook_loss` through the optimiser, or with `ema=True` by moving averages of the vectors
-    that chose them (appendix A.1), and then `codebook_loss` has no gradient. N_k <- decay N_k + (1 - decay) n_k and
-    m_k <- decay m_k + (1 - decay) sum z_e give e_k = m_k / N_k, kept here as e_k and N_k: a code that no vector chose
-    stays exactly where it is.
+    The codes learn from `codebook_loss` through the optimizer. With `ema=True` they learn from moving averages of the
+    vectors that chose them (appendix A.1), and `codebook_loss` has no gradient: N_k <- decay N_k + (1 - decay) n_k and
+    m_k <- decay m_k + (1 - decay) sum z_e give e_k = m_k / N_k. Kept here are e_k and N_k, so that a code that no
+    vector chose stays exactly where it is.
 
     Args:
         codebook_size: K, the number of codes.
         code_dim: D, the size of a code and the channels of z_e.
         ema: learn the codes by moving averages.
-        decay: of the moving average of each code's count, and with `ema` of the codes.
-        kmeans_start: start from k-means on the first training batch; a batch of fewer than K distinct vectors gives
-            these as codes, and the batches after it the rest. Otherwise codes start uniform in [-1/K, 1/K].
-        revive_below: a code whose average count falls below this share of the mean count, and that the batch at hand
-            does not use, is dead and moves onto a random vector of the batch. 0 switches revival off.
+        decay: EMA decay of each code's count, and with `ema` of the codes.
+        kmeans_start: k-means initialisation on the first training batch. If that has fewer than K distinct vectors,
+            they become the first codes, and later batches give the rest. Without it, codes are uniform in [-1/K, 1/K].
+        revive_below: dead-code revival: a code whose average count is below this share of the mean count, and that
+            this batch does not use, moves onto a random vector of the batch. 0 switches revival off.
     """
 
     def __init__(
@@ -79,40 +78,43 @@ class VectorQuantizer(nn.Module):
             raise ValueError(f"decay and revive_below must be in [0, 1), got {decay} and {revive_below}")
         self.codebook_size, self.code_dim = codebook_size, code_dim
         self.ema, self.decay, self.revive_below = ema, decay, revive_below
+
         codebook = torch.empty(codebook_size, code_dim).uniform_(-1 / codebook_size, 1 / codebook_size)
         if ema:
             self.register_buffer("codebook", codebook)
         else:
             self.codebook = nn.Parameter(codebook)
         self.register_buffer("ema_counts", torch.ones(codebook_size))
-        self.register_buffer("started", torch.tensor(0 if kmeans_start else codebook_size))  # codes that have a start
-        self.all_started = not kmeans_start  # False: ask `started`, for which the host would wait for a GPU
+        self.register_buffer("started", torch.tensor(0 if kmeans_start else codebook_size))  # initialised codes
+        self.all_started = not kmeans_start  # False: read `started`, for which the host waits for a GPU
         self.register_buffer("revived", torch.zeros(codebook_size, dtype=torch.bool), persistent=False)
 
     def forward(self, z_e: Tensor) -> Quantized:
-        """Quantize z_e (B, D, *spatial); z_q has its shape and dtype. An empty batch gives empties and zero losses.
+        """Quantize z_e (B, D, *spatial); z_q has its shape and dtype. An empty batch gives zero losses.
 
         Raises:
             ValueError: z_e has another number of channels or is not floating point.
-            FloatingPointError: z_e holds NaN or infinite values; the codebook is left as it was. Not on a GPU, which
-                would have to be waited for, nor where compiled: there the losses and codes turn NaN or infinite.
+            FloatingPointError: z_e holds NaN or infinite values, and the codebook stays as it was; on a GPU and where
+                compiled, losses and codes turn NaN instead, since to raise would be to wait for the device.
         """
-        z = self._flatten(z_e)
-        learning = self.training and (len(z) > 0 or processes() > 1)
+        vectors, z = self._flatten(z_e)
+        learning = self.training and (len(z) > 0 or world_size() > 1)
         if learning and not self.all_started:
             self._start(z.detach())
         indices = nearest_code(z.detach(), self.codebook.detach())
+
         codes = F.embedding(indices, self.codebook)
         codebook_loss = F.mse_loss(codes, z.detach(), reduction="sum") / max(z.numel(), 1)
         commitment_loss = F.mse_loss(z, codes.detach(), reduction="sum") / max(z.numel(), 1)
+        z_q = codes.detach().to(z_e.dtype) + (vectors - vectors.detach())  # exactly the codes, with z_e's gradient
+
         if learning:
             self._update(z.detach(), indices)
-        z_q = codes.detach() + (z - z.detach())  # exactly the codes, with the gradient of z
         return Quantized(self._unflatten(z_q, z_e), self._unflatten(indices, z_e), codebook_loss, commitment_loss)
 
     def encode(self, z_e: Tensor) -> Tensor:
-        """Return the indices (B, *spatial) of z_e's nearest codes; changes nothing in train mode either."""
-        return self._unflatten(nearest_code(self._flatten(z_e.detach()), self.codebook.detach()), z_e)
+        """Return the indices (B, *spatial) of z_e's nearest codes; changes nothing, in train mode neither."""
+        return self._unflatten(nearest_code(self._flatten(z_e.detach())[1], self.codebook.detach()), z_e)
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Return the codes (B, D, *spatial) of indices (B, *spatial).
@@ -126,21 +128,21 @@ class VectorQuantizer(nn.Module):
         return F.embedding(indices, self.codebook).movedim(-1, 1)
 
     def count(self, indices: Tensor) -> Tensor:
-        """Count each code's uses, (K,) int64; counts of several batches add up, and `perplexity` reads them."""
+        """Count each code's uses, (K,) int64. Counts of several batches add up; `perplexity` reads them."""
         counts = torch.zeros(self.codebook_size, dtype=torch.int64, device=indices.device)
         return counts.index_add_(0, indices.flatten().long(), counts.new_ones(indices.numel()))
 
     def reset_revived(self, optimizer: torch.optim.Optimizer):
-        """Zero the optimiser's moments of the codes revived since the last call, lest old momentum drags them away.
+        """Zero the optimizer's moments of the codes revived since the last call: old momentum would drag them away.
 
-        Call it between `backward` and `optimizer.step` when the codes learn from `codebook_loss`.
+        Call it between `backward` and `optimizer.step` if the codes learn from `codebook_loss`.
         """
         for moment in optimizer.state.get(self.codebook, {}).values():
             if torch.is_tensor(moment) and moment.shape == self.codebook.shape:
                 moment.masked_fill_(self.revived[:, None], 0)
         self.revived.zero_()
 
-    def _flatten(self, z_e):  # (B, D, *spatial) -> (N, D)
+    def _flatten(self, z_e):  # (B, D, *spatial) -> (N, D), as it is and in float32
         if z_e.ndim < 2 or z_e.shape[1] != self.code_dim:
             raise ValueError(
                 f"z_e has shape {tuple(z_e.shape)} but needs (B, {self.code_dim}, ...), since the codes are "
@@ -148,15 +150,22 @@ class VectorQuantizer(nn.Module):
             )
         if not z_e.is_floating_point():
             raise ValueError(f"z_e is {z_e.dtype} but must be floating point")
-        z = z_e.movedim(1, -1).reshape(-1, self.code_dim).float()
-        if costs_nothing_to_ask(z) and not largest(z.detach()).isfinite():
-            bad = int((~z.isfinite()).sum())
+        vectors = z_e.movedim(1, -1).reshape(-1, self.code_dim)
+        z = vectors.float()
+        if can_read_values(z) and (bad := z.numel() - int(z.isfinite().sum())):
             raise FloatingPointError(f"{bad} of {z.numel()} values of z_e are NaN or infinite; lower the learning rate")
-        return z
+        return vectors, z
 
-    def _unflatten(self, flat, z_e):  # (N, D) -> (B, D, *spatial) as z_e's dtype, or (N,) -> (B, *spatial)
+    def _unflatten(self, flat, z_e):  # (N, D) -> (B, D, *spatial), or (N,) -> (B, *spatial)
         flat = flat.view(z_e.shape[0], *z_e.shape[2:], *flat.shape[1:])
-        return flat.movedim(-1, 1).to(z_e.dtype) if flat.ndim == z_e.ndim else flat
+        return flat.movedim(-1, 1) if flat.ndim == z_e.ndim else flat
+
+    def _apply(self, fn, recurse=True):  # the codebook stays in float32, whatever the module is cast to
+        def keep_dtype(value):
+            changed = fn(value)
+            return changed if changed.dtype == value.dtype else value.to(changed.device)
+
+        return super()._apply(keep_dtype, recurse)
 
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
@@ -166,14 +175,14 @@ class VectorQuantizer(nn.Module):
     def _start(self, z):
         first = int(self.started)
         self.all_started = first == self.codebook_size
-        if self.all_started:  # as a checkpoint says
+        if self.all_started:  # a loaded checkpoint says so
             return
-        z = gather(z)
-        distinct = z.unique(dim=0)  # equal vectors, as of an image's empty margin, would be one code many times over
+        z = gather_vectors(z)
+        distinct = z.unique(dim=0)  # equal vectors, as of an image's empty margin, would give equal codes
         chosen = torch.randperm(len(distinct), device=z.device)[: self.codebook_size - first]
         last = first + len(chosen)
         self.codebook[first:last] = distinct[chosen]
-        self.codebook[last:] = self.codebook[0]  # not chosen until it has a start of its own: ties go to the lowest
+        self.codebook[last:] = self.codebook[0]  # never chosen until initialised: ties go to the lowest code
         self.started.fill_(last)
         self.all_started = last == self.codebook_size
         if self.all_started:
@@ -181,18 +190,18 @@ class VectorQuantizer(nn.Module):
                 indices = nearest_code(z, self.codebook)
                 counts = self.count(indices)[:, None]
                 self.codebook.copy_(torch.where(counts > 0, self._sums(z, indices) / counts, self.codebook))
-        if processes() > 1:
-            dist.broadcast(self.codebook.data, src=0)  # the random choice of the first process
+        if world_size() > 1:
+            dist.broadcast(self.codebook.data, src=0)  # the random choice of rank 0
 
     @torch.no_grad()
     def _update(self, z, indices):
         counts = self.count(indices).float()
-        if processes() > 1:
+        if world_size() > 1:
             dist.all_reduce(counts)
         self.ema_counts.lerp_(counts, 1 - self.decay)
         if self.ema:
             sums = self._sums(z, indices)
-            if processes() > 1:
+            if world_size() > 1:
                 dist.all_reduce(sums)
             rate = (1 - self.decay) / self.ema_counts.clamp(min=1e-30)
             self.codebook += rate[:, None] * (sums - counts[:, None] * self.codebook)
@@ -200,23 +209,25 @@ class VectorQuantizer(nn.Module):
             self._revive(z, counts)
 
     def _revive(self, z, counts):
-        fair = self.ema_counts.mean()
-        dead = (self.ema_counts < self.revive_below * fair) & (counts == 0)
-        if (costs_nothing_to_ask(z) or processes() > 1) and not (dead.any() and counts.any()):
+        mean_count = self.ema_counts.mean()
+        dead = (self.ema_counts < self.revive_below * mean_count) & (counts == 0)
+        if (can_read_values(z) or world_size() > 1) and not (dead.any() and counts.any()):
             return
-        z = gather(z)
-        # Equal vectors, as of an image's empty margin, have equal marks: only the first of each may become a code.
-        marks, order = (z * torch.arange(1, self.code_dim + 1, device=z.device).sqrt()).sum(1).sort()
-        distinct = F.pad(marks.diff() != 0, (1, 0), value=True)
+        z = gather_vectors(z)
+
+        # Equal vectors have equal projections; only the first of each may become a code.
+        projections, order = (z * torch.arange(1, self.code_dim + 1, device=z.device).sqrt()).sum(1).sort()
+        distinct = F.pad(projections.diff() != 0, (1, 0), value=True)
         priority = torch.rand(len(z), device=z.device)
-        if processes() > 1:
+        if world_size() > 1:
             dist.broadcast(priority, src=0)
         order = order[priority.where(distinct, 2.0).argsort()]
-        place = dead.cumsum(0) - 1  # of each dead code among them
-        moved = dead & (place < distinct.sum())
-        vectors = z[order[place.clamp(0, len(z) - 1)]]
+
+        rank = dead.cumsum(0) - 1  # of each dead code among them
+        moved = dead & (rank < distinct.sum())
+        vectors = z[order[rank.clamp(0, len(z) - 1)]]
         self.codebook.copy_(vectors.where(moved[:, None], self.codebook))
-        self.ema_counts.copy_(fair.where(moved, self.ema_counts))  # time to find users; with `ema`, average inertia
+        self.ema_counts.copy_(mean_count.where(moved, self.ema_counts))  # time to find users; with `ema`, inertia
         self.revived |= moved
 
     def _sums(self, z, indices):  # of the vectors that chose each code, (K, D)
@@ -226,15 +237,15 @@ class VectorQuantizer(nn.Module):
 def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
     """Return argmin_k ||z_n - e_k||^2 for each vector z_n of z (N, D): (N,) int64, the lowest k of a tie.
 
-    ||z_n||^2 is the same for all k, which leaves argmin_k 1/2 ||e_k||^2 - z_n . e_k: one matrix product, in chunks
-    of N so that memory does not grow with N x K. Distances are rounded as float32 rounds ||e_k|| (||e_k|| + ||z_n||),
+    ||z_n||^2 is the same for all k, which leaves argmin_k 1/2 ||e_k||^2 - z_n . e_k: one matrix product, in chunks of
+    N so that memory does not grow with N x K. Distances are rounded as float32 rounds ||e_k|| (||e_k|| + ||z_n||),
     counted from the middle of the codebook; of codes whose distances differ by less, either may be returned. On a GPU
-    that holds as long as float32 matrix products are not allowed to use TF32, which they are not by default.
+    this holds as long as float32 matrix products may not use TF32, the default.
     """
-    scale, middle, codebook, half_square = prepared(codebook)
-    # Matrix products round differently in their last, incomplete blocks; filled up, equal codes get equal distances.
-    filling = -len(codebook) % LOOKUP_BLOCK
-    half_square, codebook = F.pad(half_square, (0, filling), value=torch.inf), F.pad(codebook, (0, 0, 0, filling))
+    scale, middle, codebook, half_square = center_codebook(codebook)
+    # Matrix products round differently in their last, incomplete block: padded, equal codes get equal distances.
+    padding = -len(codebook) % LOOKUP_BLOCK
+    half_square, codebook = F.pad(half_square, (0, padding), value=torch.inf), F.pad(codebook, (0, 0, 0, padding))
     elements = LOOKUP_ELEMENTS if z.is_cpu else LOOKUP_ELEMENTS_GPU
     rows = max(1, min(len(z), max(LOOKUP_ROWS, elements // len(codebook))))
     distances = z.new_empty(rows, len(codebook))  # one buffer for all chunks
@@ -242,36 +253,31 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
     row = torch.arange(rows, device=z.device)
     for chunk, chosen in zip(z.split(rows), indices.split(rows)):
         n = len(chunk)
-        torch.addmm(half_square, shifted(chunk, scale, middle), codebook.T, alpha=-1, out=distances[:n])
-        # The first block that holds the least distance, then where in it: argmin over a whole row is far slower.
+        torch.addmm(half_square, center_vectors(chunk, scale, middle), codebook.T, alpha=-1, out=distances[:n])
+        # First the block that holds the least distance, then the place in it: argmin over a whole row is far slower.
         blocks = distances[:n].unflatten(1, (-1, LOOKUP_BLOCK))
         block = blocks.amin(2).argmin(1)
         torch.add(blocks[row[:n], block].argmin(1), block, alpha=LOOKUP_BLOCK, out=chosen)
     return indices
 
 
-def prepared(codebook: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return scale, middle (D,), the codes e_k as scale e_k - middle (K, D), and 1/2 ||e_k||^2 (K,) of these."""
-    # A power of two, by which no digit is lost, brings the codes to where float32 holds their squares.
-    scale = 1 / power_of_two_above(largest(codebook))
+def center_codebook(codebook: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return scale, middle (D,), the codes scale e_k - middle (K, D), and half of their squared norms (K,)."""
+    # A power of two, which loses no digit, brings the codes to where float32 holds their squares.
+    scale = 1 / power_of_two_above(codebook.abs().amax())
     codebook = codebook * scale
-    # Far from the origin ||e_k||^2 would drown the differences between codes, so that goes to their middle; rounded to
-    # a power of two above their spread, lest the shift itself lose digits and with them exact ties.
+    # Far from the origin ||e_k||^2 would drown the differences between codes, so the origin moves to their middle,
+    # rounded to a power of two above their spread: else the shift itself would lose digits, and with them exact ties.
     middle = codebook.mean(0)
-    step = power_of_two_above(largest(codebook - middle))
+    step = power_of_two_above((codebook - middle).abs().amax())
     middle = (middle / step).round() * step
     codebook = codebook - middle
     return scale, middle, codebook, codebook.square().sum(1) / 2
 
 
-def shifted(z: Tensor, scale: Tensor, middle: Tensor) -> Tensor:
-    """Return scale z - middle (N, D), cut off where products with codes would be infinite: far beyond all codes."""
+def center_vectors(z: Tensor, scale: Tensor, middle: Tensor) -> Tensor:
+    """Return scale z - middle (N, D), clamped far beyond all codes, where products would become infinite."""
     return torch.addcmul(-middle, z, scale).clamp_(-(2.0**100), 2.0**100)
-
-
-def largest(values: Tensor) -> Tensor:
-    """Return the largest magnitude, a scalar; NaN where there is one."""
-    return values.abs().amax() if values.numel() else values.new_zeros(())
 
 
 def power_of_two_above(value: Tensor) -> Tensor:
@@ -279,29 +285,29 @@ def power_of_two_above(value: Tensor) -> Tensor:
     return torch.exp2(value.clamp(2.0**-126, 2.0**126).log2().ceil())
 
 
-def costs_nothing_to_ask(values: Tensor) -> bool:
-    """Return whether Python may look at values: the host would wait for a GPU, and a compiled graph would be cut."""
+def can_read_values(values: Tensor) -> bool:
+    """Return whether Python may read values: on a GPU it would wait, and it would cut a compiled graph."""
     return values.is_cpu and not torch.compiler.is_compiling()
 
 
-def processes() -> int:
-    """Return how many processes train together now."""
+def world_size() -> int:
+    """Return how many ranks train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def gather(z: Tensor) -> Tensor:
-    """Return the vectors (N, D) of all processes in the order of their ranks, whatever each one's N."""
-    if processes() == 1:
+def gather_vectors(z: Tensor) -> Tensor:
+    """Return the vectors (N, D) of all ranks, in the order of the ranks; N may differ between them."""
+    if world_size() == 1:
         return z
-    sizes = [torch.zeros(1, dtype=torch.int64, device=z.device) for _ in range(processes())]
+    sizes = [torch.zeros(1, dtype=torch.int64, device=z.device) for _ in range(world_size())]
     dist.all_gather(sizes, torch.tensor([len(z)], device=z.device))
     padded = F.pad(z, (0, 0, 0, int(max(sizes)) - len(z)))
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[: int(size)] for part, size in zip(parts, sizes)])
+    chunks = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(chunks, padded)
+    return torch.cat([chunk[: int(size)] for chunk, size in zip(chunks, sizes)])
 
 
 def perplexity(counts: Tensor) -> Tensor:
-    """Return exp(entropy) of the codes' shares: the number of equally used codes that would carry as much."""
-    share = counts.cpu().double() / counts.sum().clamp(min=1).cpu()
+    """Return exp(entropy) of the codes' shares: how many equally used codes would carry as much."""
+    share = counts.cpu().double() / counts.sum().clamp(min=1e-30).cpu()
     return torch.special.entr(share).sum().exp()

@@ -3,37 +3,65 @@
 import argparse
 from pathlib import Path
 
+from harness import figures
+from harness.cli import command, make_parser, number, say, user_errors
+from harness.data import chunks, to_pixels
+from harness.folder import read_images
+from harness.machine import pick_device
+from harness.storage import PRIOR, load_checkpoint, lock_folder, new_folder, writable_folder
+
 import torch
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
-import figures
-from checkpoint import PRIOR, digest_of, load_checkpoint, load_model, writable_folder
-from data import parts, to_pixels
-from images import decode
-from model import VQVAE
+from model import VQVAE, load_model
 from prior import Prior, build_prior, generate
-from process import command, number, pick_device, user_errors
 
 PER_CLASS = 10
 COMPLETIONS = 8  # of each image
 TEMPERATURE, TOP_P, GUIDANCE = 1.0, 0.97, 1.35
 
 
+def trained_on(vqvae: dict) -> dict:
+    """Return what a prior keeps of the checkpoint whose codes it learns."""
+    return {"vqvae": vqvae["digest"], "vqvae_step": vqvae["progress"]["step"]}
+
+
 def load_run(run: str | Path, device: torch.device | str = "cpu") -> tuple[VQVAE, Prior]:
     """Load the VQ-VAE and the best prior of a run's folder, in eval mode.
 
     Raises:
-        ValueError: one of them is missing or damaged, or the prior is that of another VQ-VAE.
+        ValueError: one of them is missing or damaged, or the prior belongs to another VQ-VAE.
     """
     vqvae, trained = load_checkpoint(run), load_checkpoint(run, PRIOR)
-    if trained["vqvae"] != digest_of(run):
-        remedy = command("train_prior.py", "--run", run)
-        raise ValueError(f"the prior in {run} is that of another VQ-VAE; train it anew: {remedy}")
-    prior = build_prior(trained["args"], trained["shape"])
+    if trained["identity"]["vqvae"] != vqvae["digest"]:
+        steps = trained["identity"]["vqvae_step"], vqvae["progress"]["step"]
+        raise ValueError(
+            f"the prior in {run} belongs to another VQ-VAE, of step {steps[0]:,}, than the one there, of step "
+            f"{steps[1]:,}; train it anew: {command('train_prior.py', '--run', run)}"
+        )
+    prior = build_prior(trained["args"], trained["identity"]["shape"])
     prior.load_state_dict(trained["best"]["model"])
     return load_model(vqvae, device), prior.to(device).eval()
+
+
+def class_numbers(wanted: list[str], names: list[str] | None) -> list[int]:
+    """Return the numbers of classes that are given by name or by number.
+
+    Raises:
+        ValueError: one is neither; the message lists those there are.
+    """
+    names, numbers = names or [], []
+    for text in wanted:
+        if text in names:
+            numbers.append(names.index(text))
+        elif text.isdecimal() and int(text) < len(names):
+            numbers.append(int(text))
+        else:
+            there = f"there are {', '.join(names)}" if names else "the prior was trained without classes"
+            raise ValueError(f"--classes: there is no class {text}; {there}")
+    return numbers
 
 
 def sample(
@@ -71,7 +99,7 @@ def draw(model: VQVAE, prior: Prior, labels: Tensor, seed: int = 0, given: Tenso
     prior.eval()
     generator = torch.Generator(device).manual_seed(seed)
     images = []
-    order = parts(len(labels), model.image_size, most=500)
+    order = chunks(len(labels), model.image_size, most=500)
     for part in tqdm(order, "drawing", disable=None if len(order) > 1 else True):
         kept = None if given is None else given[part].to(device)
         codes = generate(prior, labels[part].to(device), given=kept, generator=generator, **options)
@@ -81,33 +109,14 @@ def draw(model: VQVAE, prior: Prior, labels: Tensor, seed: int = 0, given: Tenso
     return torch.cat(images)
 
 
-def read_images(files: list[str], model: VQVAE, image_size: int | None) -> Tensor:
-    """Read images (N, C, H, W) uint8, prepared as those of the training."""
-    wanted, images = (model.channels, *model.image_size), []
-    for file in files:
-        try:
-            image = decode(Path(file), model.channels, image_size)
-        except Exception as error:  # damaged files surface as almost any exception
-            raise ValueError(f"{file} cannot be decoded ({' '.join(str(error).split())})") from error
-        if tuple(image.shape) != wanted:
-            size = "{2}x{1}".format(*image.shape)
-            raise ValueError(
-                f"{file} has {size} pixels, but the model was trained on {wanted[2]}x{wanted[1]}; resize it"
-            )
-        images.append(image)
-    return torch.stack(images)
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Draw new images from a run of train.py and train_prior.py.",
-        usage=argparse.SUPPRESS,  # an error is then one line
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = make_parser("Draw new images from a run of train.py and train_prior.py.")
     positive, above_zero = number(int, 1, 2**31), number(float, 0, above=True)
     parser.add_argument("--run", default="results", help="folder of the run")
     parser.add_argument("--num", type=positive, help="images in all; by default 10 of each class")
-    parser.add_argument("--classes", type=class_list, help="as 3,7, in order of their names, from 0; by default all")
+    parser.add_argument(
+        "--classes", type=lambda text: text.split(","), help="names or numbers, as cats,dogs or 3,7; by default all"
+    )
     parser.add_argument("--temperature", type=above_zero, default=TEMPERATURE, help="below 1, likelier codes")
     parser.add_argument("--top-k", type=number(int, 0, 2**31), default=0, help="draw from so many codes; 0: all")
     parser.add_argument("--top-p", type=above_zero, default=TOP_P, help="draw from codes of this probability in all")
@@ -124,41 +133,43 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def class_list(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} must be numbers of classes, such as 3,7") from None
-
-
 def main(args: argparse.Namespace):
     with user_errors():
         device, _ = pick_device()
         model, prior = load_run(args.run, device)
-        folder = writable_folder(args.run)
-        out = writable_folder(args.out) if args.out else None
-        if out and any(out.iterdir()):
-            raise ValueError(f"--out {out} is not empty; name a new folder")
+        checkpoint = load_checkpoint(args.run)
+        names = checkpoint["identity"]["class_names"]
         options = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "guidance", "seed")}
-        if args.complete:
-            originals = read_images(args.complete, model, load_checkpoint(folder)["args"]["image_size"]).to(device)
-            codes = torch.cat([level.flatten(1) for level in model.encode(to_pixels(originals, device))], 1)
-            kept = codes[:, : int(args.keep * prior.length)]
-            labels = torch.full((COMPLETIONS * len(kept),), prior.classes)  # any class
-            images = draw(model, prior, labels, given=kept.repeat_interleave(COMPLETIONS, 0), **options)
-            rows = [torch.cat(row) for row in zip(originals.split(1), images.split(COMPLETIONS))]
-            path = folder / "completed.png"
-            title = f"originals, and completions from the first {kept.shape[1]} of their {prior.length} codes"
-        else:
-            labels = labels_of(prior, args.num, args.classes)
-            images = draw(model, prior, labels, **options)
-            of_classes = [images[labels == label] for label in dict.fromkeys(labels.tolist())]
-            rows = of_classes if prior.classes else images.split(PER_CLASS)
-            path, title = folder / "samples.png", "samples" + ", a row per class" * (prior.classes > 0)
-        for i, image in enumerate(images if out else []):
-            to_pil_image(image.cpu()).save(out / f"{i:05d}.png")  # grey images stay grey
-        figures.save_samples(path, rows, title)
-    print(f"wrote {path}" + (f" and {len(images):,} images in {out}" if out else ""))
+        with lock_folder(writable_folder(args.run)), new_folder(args.out) as out:
+            if args.complete:
+                rows, images, title = complete(args, model, prior, checkpoint, options)
+                path, row_names = Path(args.run, "completed.png"), ()
+            else:
+                labels = labels_of(prior, args.num, class_numbers(args.classes, names) if args.classes else None)
+                images = draw(model, prior, labels, **options)
+                shown = list(dict.fromkeys(labels.tolist()))
+                rows = [images[labels == label] for label in shown] if prior.classes else images.split(PER_CLASS)
+                row_names = [names[label] for label in shown] if prior.classes and names else ()
+                path, title = Path(args.run, "samples.png"), "samples" + ", a row per class" * (prior.classes > 0)
+            for i, image in enumerate(images if out else []):
+                to_pil_image(image.cpu()).save(out / f"{i:05d}.png")  # grey images stay grey
+            figures.save_samples(path, rows, title, row_names)
+    say(f"wrote {path}" + (f" and {len(images):,} images in {args.out}" if args.out else ""))
+
+
+def complete(
+    args: argparse.Namespace, model: VQVAE, prior: Prior, checkpoint: dict, options: dict
+) -> tuple[list[Tensor], Tensor, str]:
+    """Return rows of an original and its completions, the completions alone, and a title."""
+    background, device = checkpoint["args"]["background"], prior.level_at.device
+    originals, _ = read_images(list(map(Path, args.complete)), model.channels, model.image_size, background)
+    originals = torch.stack(originals).to(device)
+    codes = torch.cat([level.flatten(1) for level in model.encode(to_pixels(originals, device))], 1)
+    kept = codes[:, : int(args.keep * prior.length)]
+    labels = torch.full((COMPLETIONS * len(kept),), prior.classes)  # any class
+    images = draw(model, prior, labels, given=kept.repeat_interleave(COMPLETIONS, 0), **options)
+    rows = [torch.cat(row) for row in zip(originals.split(1), images.split(COMPLETIONS))]
+    return rows, images, f"originals, and completions from the first {kept.shape[1]} of their {prior.length} codes"
 
 
 if __name__ == "__main__":

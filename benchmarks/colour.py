@@ -13,11 +13,12 @@ fed the same images from memory, and the pauses in which it is measured do not c
 import argparse
 from pathlib import Path
 
+from harness.data import load_dataset
+
 import torch
 from machine import heading, train, write_json
 from time_to_quality import PEERS, train_peer
 
-from data import load_dataset
 from quantizer import perplexity
 
 

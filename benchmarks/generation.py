@@ -14,16 +14,17 @@ import argparse
 import statistics
 from pathlib import Path
 
+from harness import figures
+from harness.data import dataset_of, to_pixels
+from harness.storage import load_checkpoint
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from machine import heading, median_seconds, write_json
 from torch import Tensor, nn
 
-import figures
 import sample as script
-from checkpoint import load_checkpoint
-from data import dataset_of, to_pixels
 from prior import Prior
 
 CPU = torch.device("cpu")
@@ -53,7 +54,7 @@ class Classifier(nn.Module):
         return features, self.head(features)
 
 
-def shifted(x: Tensor, by: int = 2) -> Tensor:
+def random_shift(x: Tensor, by: int = 2) -> Tensor:
     """Move each image by up to `by` pixels in each direction."""
     batch, _, height, width = x.shape
     down, right = torch.randint(0, 2 * by + 1, (2, batch))
@@ -72,7 +73,7 @@ def train_classifier(images: Tensor, labels: Tensor, epochs: int = 4, batch_size
     for _ in range(epochs):
         for batch in torch.randperm(len(images))[: len(images) // batch_size * batch_size].split(batch_size):
             with torch.autocast("cpu", torch.bfloat16):
-                _, logits = model(shifted(to_pixels(images[batch], CPU)))
+                _, logits = model(random_shift(to_pixels(images[batch], CPU)))
             optimizer.zero_grad()
             F.cross_entropy(logits.float(), labels[batch]).backward()
             optimizer.step()
@@ -103,7 +104,7 @@ def distance_within(images: Tensor, labels: Tensor) -> float:
 def save_neighbours(path: Path, images: Tensor, train_images: Tensor):
     flat = train_images.flatten(1).float()
     nearest = torch.cat([torch.cdist(image[None].flatten(1).float(), flat).argmin(1) for image in images])
-    rows = [part for pair in zip(images.split(8), train_images[nearest].split(8)) for part in pair]
+    rows = [row for pair in zip(images.split(8), train_images[nearest].split(8)) for row in pair]
     names = ["sample", "nearest"] * (len(rows) // 2)
     figures.save_grid(path, rows, "samples, each above the training image nearest to it", names)
 
@@ -124,7 +125,7 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(2)
     model, prior = script.load_run(args.run)
-    data = dataset_of(load_checkpoint(args.run), args.data_dir)
+    data = dataset_of(load_checkpoint(args.run), Path(args.run), args.data_dir)
     classifier = train_classifier(data.train_images, data.train_labels)
     real, found = classify(classifier, data.test_images)
     accuracy = (found == data.test_labels).float().mean().item()
@@ -133,8 +134,8 @@ def main():
     print(f"classifier: {accuracy:.2%} of the real test images\n")
 
     with torch.inference_mode():
-        parts = [model(to_pixels(batch, CPU)).x_recon for batch in data.test_images.split(500)]
-    recon = (torch.cat(parts).clamp(0, 1) * 255).round().to(torch.uint8)
+        x_recon = [model(to_pixels(batch, CPU)).x_recon for batch in data.test_images.split(500)]
+    recon = (torch.cat(x_recon).clamp(0, 1) * 255).round().to(torch.uint8)
     some = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(0))[: args.num]
     asked = script.labels_of(prior, args.num)
     plain = {"temperature": 1.0, "top_p": 1.0, "guidance": 1.0}

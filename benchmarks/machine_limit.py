@@ -6,21 +6,27 @@ time. How far it is from them, and why, stands in benchmarks/README.md.
 
 A step's FLOPs, forward and backward, are counted by PyTorch: those of convolutions and matrix products, of which the
 lookup is one, in float32 also where the network is in bfloat16. They are divided by the mean time of a step of a run of
-train.py with its defaults, without the first ones, in which the codebook starts. The ceilings are the best of three 3x3
-convolutions, forward and backward, and a product of two matrices of 4,096 x 4,096. Then what takes the time of a step,
-by torch.profiler, and short runs in turns with and without --compile: how many steps pay for the compiling. All in two
-threads.
+train.py with its defaults: from the moment `Run.steps` hands out a batch to the moment the loop asks for the next one.
+The first steps, in which the codebook starts, and those that log or save are left out. The ceilings are the best of
+three 3x3 convolutions, forward and backward, and a product of two matrices of 4,096 x 4,096. Then what takes the time
+of a step, by torch.profiler, and short runs in turns with and without --compile: how many steps pay for the compiling.
+All in two threads.
 """
 
 import argparse
-import itertools
+import contextlib
 import json
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import patch
+
+from harness.cli import number, user_errors
+from harness.machine import pick_device
+from harness.run import Run
 
 import torch
 import torch.nn.functional as F
@@ -29,12 +35,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from model import VQVAE
-from process import number, pick_device, user_errors
 
 FIRST = 20  # steps in which the codebook starts and what is compiled is compiled
 PROFILED = 50
-
-train_loop = train.train_loop
+STEPS = Run.steps
 
 
 def flops_of_a_step(batch_size: int = 32) -> int:
@@ -60,15 +64,15 @@ def ceilings(dtype: torch.dtype) -> dict[str, float]:
     return {"product": 2 * 4096**3 / median_seconds(lambda: a @ b), "convolution": max(rates)}
 
 
-def run(args: argparse.Namespace, steps: int, wrap: Callable, *flags) -> float:
-    """Run train.py with what makes a step wrapped; return the seconds of the run."""
+def run(args: argparse.Namespace, steps: int, in_step: Callable, *flags) -> float:
+    """Run train.py with each step inside the context `in_step(run)`; return the seconds of the run."""
 
-    def loop(*arguments):
-        *others, update, log, save = arguments
-        train_loop(*others, wrap(update), log, save)
+    def wrapped(run: Run, images) -> Iterator:
+        for batch in STEPS(run, images):
+            with in_step(run):
+                yield batch  # the loop makes its step, and comes back
 
-    train.train_loop = loop
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, patch.object(Run, "steps", wrapped):
         where = ["--dataset", "mnist", "--data-dir", args.data_dir, "--out-dir", folder, "--device", "cpu"]
         train.main(train.parse_args([*where, "--steps", str(steps), *flags]))
         return json.loads(Path(folder, "summary.json").read_text())["seconds"]
@@ -76,40 +80,35 @@ def run(args: argparse.Namespace, steps: int, wrap: Callable, *flags) -> float:
 
 def timed(args: argparse.Namespace, steps: int, *flags) -> dict[str, float]:
     """Return the mean seconds of a step, those of the longest, and the share of the run's that no step took."""
-    taken = []
+    taken = {}  # by the number of the step
 
-    def wrap(update):
-        def step(batch):
-            began = time.perf_counter()
-            sums = update(batch)
-            taken.append(time.perf_counter() - began)
-            return sums
+    @contextlib.contextmanager
+    def in_step(run):
+        began = time.perf_counter()
+        yield
+        if not run.logs_at(run.step):
+            taken[run.step] = time.perf_counter() - began
 
-        return step
-
-    seconds = run(args, steps, wrap, *flags)
-    later = statistics.mean(taken[FIRST:])
-    return {"seconds_of_a_step": later, "longest": max(taken), "no_step": 1 - sum(taken) / seconds}
+    seconds = run(args, steps, in_step, *flags)
+    mean = statistics.mean(value for step, value in taken.items() if step > FIRST)
+    in_steps = sum(taken.values()) + (steps - len(taken)) * mean  # those that log or save take as long, but for that
+    return {"seconds_of_a_step": mean, "longest": max(taken.values()), "no_step": 1 - in_steps / seconds}
 
 
 def profiled(args: argparse.Namespace, *flags) -> dict[str, float]:
     """Return what takes most of the time of steps and of their input, by operation, and its shares of that time."""
-    profiler, calls = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]), itertools.count()
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
 
-    def wrap(update):
-        def step(batch):
-            call = next(calls)
-            if call == FIRST:
-                profiler.start()
-            with torch.profiler.record_function("outside of operations"):  # Python, mostly
-                sums = update(batch)
-            if call == FIRST + PROFILED - 1:
-                profiler.stop()
-            return sums
+    @contextlib.contextmanager
+    def in_step(run):
+        if run.step == FIRST + 1:
+            profiler.start()
+        with torch.profiler.record_function("outside of operations"):  # Python, mostly
+            yield
+        if run.step == FIRST + PROFILED:
+            profiler.stop()
 
-        return step
-
-    run(args, FIRST + PROFILED, wrap, *flags)
+    run(args, FIRST + PROFILED + 1, in_step, *flags)  # the last step measures and draws
     operations = sorted(profiler.key_averages(), key=lambda operation: -operation.self_cpu_time_total)
     total = sum(operation.self_cpu_time_total for operation in operations)
     return {operation.key: operation.self_cpu_time_total / total for operation in operations[:12]}
@@ -117,7 +116,7 @@ def profiled(args: argparse.Namespace, *flags) -> dict[str, float]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=argparse.SUPPRESS)
-    steps = number(int, FIRST + 1)
+    steps = number(int, FIRST + 2)
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--steps", type=steps, default=10_000, help="of a run; fewer make pictures a larger share")
     parser.add_argument("--compiled-steps", type=steps, default=500, help="of each run with and without --compile")

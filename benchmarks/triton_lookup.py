@@ -9,14 +9,16 @@ alike, in float32, and take the lowest index of a tie. Tests compare them in Tri
 import argparse
 from pathlib import Path
 
+from harness.cli import user_errors
+from harness.machine import pick_device
+
 import torch
 import triton
 import triton.language as tl
 from machine import median_seconds, write_json
 from torch import Tensor
 
-from process import pick_device, user_errors
-from quantizer import nearest_code, prepared, shifted
+from quantizer import center_codebook, center_vectors, nearest_code
 
 TILES = {"ROWS": 64, "CODES": 64, "DIMS": 32}  # vectors, codes, and dimensions of a product at a time
 
@@ -46,8 +48,8 @@ def least_distance(
 
 def nearest_code_triton(z: Tensor, codebook: Tensor) -> Tensor:
     """Return what `quantizer.nearest_code` returns: (N,) int64 for z (N, D) and codebook (K, D)."""
-    scale, middle, codebook, half_square = prepared(codebook)
-    z, codebook = shifted(z, scale, middle).contiguous(), codebook.contiguous()
+    scale, middle, codebook, half_square = center_codebook(codebook)
+    z, codebook = center_vectors(z, scale, middle).contiguous(), codebook.contiguous()
     indices = torch.empty(len(z), dtype=torch.int64, device=z.device)
     if len(z):
         programs = (triton.cdiv(len(z), TILES["ROWS"]),)

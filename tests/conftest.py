@@ -2,28 +2,34 @@ import csv
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import zlib
 from pathlib import Path
+
+from harness.run import Run
+from harness.storage import load_checkpoint
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import checkpoint
 import train as script
 import train_prior as prior_script
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave their processor to the other tests
 ROOT = Path(__file__).parent.parent
+PROGRAMS = Path(__file__).parent / "programs"  # what some tests run in a process of its own
 SMALL = ["--dataset=digits", "--codebook-size=32", "--code-dim=8", "--width=8", "--blocks=1", "--batch-size=16"]
 SMALL += ["--log-every=5", "--device=cpu"]
 TINY = ["--width=16", "--depth=1", "--heads=2", "--batch-size=16", "--log-every=2", "--device=cpu"]  # prior
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
 @pytest.fixture(autouse=True)
 def the_same_everywhere(monkeypatch):
-    """Random tensors do not depend on the tests before, nor what scripts compute on whether there is a GPU."""
+    """Seed random tensors, and hide the GPU, so that no test depends on the machine or on the tests before it."""
     torch.manual_seed(0)
     for backend in (torch.cuda, torch.backends.mps):
         monkeypatch.setattr(backend, "is_available", lambda: False)
@@ -31,8 +37,8 @@ def the_same_everywhere(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def signal_handlers():
-    """Take back what training does with signals, so that Ctrl-C still ends the tests."""
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    """Restore the signal handlers that training sets, so that Ctrl-C still ends the tests."""
+    handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
     yield
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
@@ -47,15 +53,64 @@ def train_prior(folder, *flags):
     prior_script.main(prior_script.parse_args([f"--run={folder}", *TINY, *map(str, flags)]))
 
 
+@pytest.fixture
+def in_step(monkeypatch):
+    """Return a function that has something done in a step of the next run, by what asks for its learning rate."""
+    schedule = Run.schedule
+
+    def set_action(at, action):
+        waiting = [action]
+
+        def schedule_and_act(run, step):
+            if step == at and waiting:
+                waiting.pop()()
+            return schedule(run, step)
+
+        monkeypatch.setattr(Run, "schedule", schedule_and_act)
+
+    return set_action
+
+
+@pytest.fixture
+def stop_at(in_step):
+    """Return a function that trains in this process and stops in a step by a signal, with exit code 128 + signal."""
+
+    def train_and_stop(step, folder, *flags, signum=signal.SIGINT, call=train):
+        in_step(step, lambda: os.kill(os.getpid(), signum))
+        with pytest.raises(SystemExit) as stopped:
+            call(folder, *flags)
+        assert stopped.value.code == 128 + signum
+
+    return train_and_stop
+
+
+def program(name, *words, **options):
+    """Run a script, or a program of tests/programs, in a process of its own."""
+    path = ROOT / name if (ROOT / name).exists() else PROGRAMS / name
+    command = [sys.executable, path, *map(str, words)]
+    options = {"capture_output": True, "text": True, "timeout": 600} | options
+    return subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, **options)
+
+
+def refusal(capsys, script, *flags):
+    """Return the one line with which a script refuses its flags, by exit code 2."""
+    with pytest.raises(SystemExit) as refused:
+        script.main(script.parse_args([str(flag) for flag in flags]))
+    printed = capsys.readouterr().err
+    assert refused.value.code == 2 and printed.count("\n") == 1, printed
+    return printed
+
+
 def rows(folder):
     with open(folder / "metrics.csv", newline="") as file:
         return list(csv.DictReader(file))
 
 
 def same_state(a, b):
-    """Whether two nested states are equal to the bit, seconds aside."""
+    """Return whether two nested states are equal to the bit, seconds and folders aside."""
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a if k not in ("seconds", "args"))
+        differing = ("seconds", "args", "typed", "digest", "path")  # the file's digest covers the seconds and the flags
+        return a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a if k not in differing)
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same_state, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
@@ -66,7 +121,7 @@ def same_run(a, b):
     assert (a / "metrics.csv").read_bytes() == (b / "metrics.csv").read_bytes()
     assert pictures == [path.name for path in sorted(b.glob("recon_*.png"))]
     assert all((a / name).read_bytes() == (b / name).read_bytes() for name in [*pictures, "curves.png", "codebook.png"])
-    return same_state(checkpoint.load_checkpoint(a), checkpoint.load_checkpoint(b))
+    return same_state(load_checkpoint(a), load_checkpoint(b))
 
 
 @pytest.fixture(scope="session")

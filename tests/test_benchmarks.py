@@ -1,13 +1,19 @@
 """What the benchmarks' figures rest on."""
 
+import argparse
 import importlib.util
 import os
 import subprocess
 import sys
+import time
 
+from harness.run import Run
+
+import machine_limit
 import numpy as np
 import pytest
 import torch
+from conftest import PROGRAMS
 from generation import distance_within, frechet
 from machine import ROOT, median_seconds
 from machine_limit import convolution, flops_of_a_step
@@ -19,19 +25,25 @@ from model import VQVAE
 from quantizer import VectorQuantizer
 
 
+def run(name, **variables):
+    """Return what a program of tests/programs prints."""
+    environment = os.environ | variables | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])}
+    return subprocess.run([sys.executable, PROGRAMS / name], env=environment, stdout=subprocess.PIPE, check=True).stdout
+
+
 def cross(scales):
     """Points whose covariance is diagonal: two on each axis."""
     return np.concatenate([np.diag(scales), -np.diag(scales)])
 
 
-def test_frechet_distance_is_that_of_two_gaussians_with_independent_features():
+def test_frechet_distance_is_that_of_two_gaussians():
     a, b, mean = np.array([1.0, 2.0, 5.0]), np.array([3.0, 2.0, 0.5]), np.array([0.5, -1.0, 2.0])
     deviation = np.sqrt(2 / 5)  # of each axis of a cross of scale 1, which has 6 points
     expected = (mean**2).sum() + (deviation**2 * (a - b) ** 2).sum()
     assert frechet(cross(a), cross(b) + mean) == pytest.approx(expected)
 
 
-def test_distance_within_is_the_mean_over_pairs_and_classes():
+def test_distance_within_averages_pairs_and_classes():
     images = torch.randint(0, 256, (9, 1, 4, 4), dtype=torch.uint8)
     labels = torch.tensor([0, 1, 0, 1, 0, 1, 1, 0, 1])
     of_classes = []
@@ -70,17 +82,10 @@ def test_indices_that_are_not_the_nearest_are_counted(monkeypatch):
     assert differing(z, codebook) == 100
 
 
-def test_memory_is_the_process_s_own():
+def test_memory_is_that_of_the_process():
     """Not that of the process that started it, which has held more."""
-    code = """if True:
-        from machine import peak_memory
-        before = peak_memory()
-        held = b"1" * 10**8
-        print(peak_memory() - before)"""
     assert b"1" * (5 * 10**8)
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}
-    grown = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, check=True).stdout
-    assert 0.9e8 < int(grown) < 1.2e8
+    assert 0.9e8 < int(run("held_memory.py")) < 1.2e8
 
 
 def test_flops_are_those_of_the_layers():
@@ -97,7 +102,30 @@ def test_flops_are_those_of_the_layers():
     assert flops_of_a_step(2) == 2 * (3 * sum(layers) - layers[0] + lookup)
 
 
-def test_error_of_the_others_is_the_mean_over_images():
+def test_step_time_is_that_of_plain_steps(monkeypatch):
+    """Each step sleeps for 20 ms, the first one and those that log for a second."""
+    schedule, log = Run.schedule, Run.log
+    monkeypatch.setattr(machine_limit, "FIRST", 1)
+    monkeypatch.setattr(
+        Run, "schedule", lambda run, step: (time.sleep(0.5 if step == 1 else 0.01), schedule(run, step))[1]
+    )
+    monkeypatch.setattr(Run, "log", lambda run, *row: (time.sleep(1), log(run, *row))[1])
+    flags = ["--dataset=digits", "--width=4", "--blocks=1", "--codebook-size=8", "--log-every=4", "--batch-size=4"]
+    measured = machine_limit.timed(argparse.Namespace(data_dir=""), 8, *flags)
+    assert 0.02 < measured["seconds_of_a_step"] < 0.5 and measured["longest"] > 1
+    assert 0.4 < measured["no_step"] < 1  # two seconds of logging, and measuring and drawing, beside a second of steps
+
+
+def test_profile_names_the_operations(monkeypatch):
+    monkeypatch.setattr(machine_limit, "FIRST", 1)
+    monkeypatch.setattr(machine_limit, "PROFILED", 2)
+    flags = ["--dataset=digits", "--width=4", "--blocks=1", "--codebook-size=8", "--batch-size=4"]
+    shares = machine_limit.profiled(argparse.Namespace(data_dir=""), *flags)
+    assert len(shares) == 12 and 0.5 < sum(shares.values()) <= 1
+    assert any("convolution" in name for name in shares) and "outside of operations" in shares
+
+
+def test_error_of_others_is_over_all_images():
     images = torch.randint(50, 200, (600, 1, 4, 4), dtype=torch.uint8)
     scale = torch.tensor([0.01] * 500 + [0.1] * 100).view(-1, 1, 1, 1)  # off by that everywhere
     at = iter(scale.split(250))
@@ -113,22 +141,6 @@ def test_time_is_the_median_after_a_first_call(monkeypatch):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton comes with PyTorch's builds for CUDA")
-def test_triton_kernel_gives_the_indices_of_the_plain_lookup():
-    code = """if True:
-        import torch
-        from quantizer import nearest_code
-        from triton_lookup import nearest_code_triton
-        torch.manual_seed(0)
-        for n, size, dim in (0, 8, 4), (1, 1, 1), (70, 130, 5), (100, 513, 40):
-            few = torch.randint(-3, 4, (max(1, size // 2), dim)).float()
-            codebook = few[torch.randint(len(few), (size,))]  # each code several times
-            z = torch.randint(-9, 10, (n, dim)) / 2
-            expected = nearest_code(z, codebook)
-            assert torch.equal(nearest_code_triton(z, codebook), expected)
-            assert torch.equal(nearest_code_triton(2.0**70 * z, 2.0**70 * codebook), expected)
-            assert torch.equal(nearest_code_triton(z + 100, codebook + 100), expected)
-            z, codebook = torch.randn(dim, n).T, torch.randn(dim, size).T
-            assert torch.equal(nearest_code_triton(z, codebook), nearest_code(z, codebook))"""
-    # The interpreter has to be asked for before Triton is imported, so in a process of its own.
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}"}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+def test_triton_kernel_agrees_with_the_plain_lookup():
+    """The interpreter has to be asked for before Triton is imported, hence a process of its own."""
+    run("compare_triton.py", TRITON_INTERPRET="1")

@@ -1,10 +1,11 @@
 """What only a GPU can show; skipped where there is none."""
 
+from harness.run import Run
+
 import pytest
 import torch
 from conftest import rows, train
 
-import train as script
 from quantizer import nearest_code
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -29,23 +30,19 @@ def test_lookup_is_that_of_brute_force(lookup, size, dim):
 
 
 @pytest.mark.parametrize("way", ["--no-ema", "--ema"])
-def test_steps_do_not_make_the_host_wait(tmp_path, monkeypatch, way):
-    train_loop = script.train_loop
+def test_steps_do_not_make_the_host_wait(tmp_path, monkeypatch, request, way):
+    """Between two lines of metrics nothing asks the GPU for a value, from one batch to the next."""
+    steps = Run.steps
 
-    def watched_loop(*arguments):
-        *others, update, log, save = arguments
-        modes = iter(["default"])  # the first step starts the codebook, which waits
+    def watched(run, images):
+        for step, batch in steps(run, images):
+            waits = step == 1 or run.logs_at(step)  # the first step starts the codebook
+            torch.cuda.set_sync_debug_mode("default" if waits else "error")
+            yield step, batch
+        torch.cuda.set_sync_debug_mode("default")
 
-        def watched(batch):
-            torch.cuda.set_sync_debug_mode(next(modes, "error"))
-            try:
-                return update(batch)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-
-        train_loop(*others, watched, log, save)
-
-    monkeypatch.setattr(script, "train_loop", watched_loop)
+    monkeypatch.setattr(Run, "steps", watched)
+    request.addfinalizer(lambda: torch.cuda.set_sync_debug_mode("default"))
     train(tmp_path, "--steps=30", "--log-every=10", "--save-every=30", "--device=cuda", way)
     assert len(rows(tmp_path)) == 3
 

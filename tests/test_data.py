@@ -4,15 +4,16 @@ import pickle
 import shutil
 import struct
 
+from harness import data
+from harness.data import Unavailable, batch_indices, channel_stats, chunks, first_images, load_dataset, to_pixels
+from harness.folder import count_pixels
+
 import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
 from torchvision import datasets
-
-import data
-from data import Unavailable, batch_indices, channel_stats, load_dataset, parts, to_pixels
-from images import count_pixels
+from torchvision.transforms.functional import resize
 
 
 def idx(array):
@@ -34,7 +35,7 @@ def mnist(tmp_path, monkeypatch):
     return files
 
 
-def test_mnist_is_loaded_as_uint8_with_its_own_test_split(mnist, tmp_path):
+def test_mnist_is_uint8_with_its_own_test_split(mnist, tmp_path):
     loaded = load_dataset("mnist", tmp_path)
     assert loaded.train_images.shape == (60, 1, 28, 28) and loaded.train_images.dtype == torch.uint8
     assert loaded.test_images.shape == (20, 1, 28, 28) and loaded.test_labels.shape == (20,)
@@ -42,7 +43,7 @@ def test_mnist_is_loaded_as_uint8_with_its_own_test_split(mnist, tmp_path):
     assert np.array_equal(loaded.test_images.flatten().numpy(), raw)
 
 
-def test_missing_data_that_cannot_be_downloaded_is_unavailable(mnist, tmp_path):
+def test_missing_data_without_network_is_unavailable(mnist, tmp_path):
     with pytest.raises(Unavailable, match="mnist is not in .* and cannot be downloaded"):
         load_dataset("mnist", tmp_path / "elsewhere")
 
@@ -66,14 +67,14 @@ def damage(path, how):
 @pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
 def test_damaged_file_is_named(mnist, tmp_path, name, how):
     damage(mnist[name], how)
-    with pytest.raises(ValueError, match=f"{name} is (truncated|corrupt).* delete "):
+    with pytest.raises(ValueError, match=f"{name} is truncated or corrupt; delete .*{name}.gz, and run again"):
         load_dataset("mnist", tmp_path)
 
 
-def test_file_half_extracted_is_named_when_another_is_missing(mnist, tmp_path):
+def test_half_extracted_file_is_named_before_downloading(mnist, tmp_path):
     damage(mnist["train-images-idx3-ubyte"], "truncated")
     mnist["t10k-labels-idx1-ubyte"].unlink()
-    with pytest.raises(ValueError, match="train-images-idx3-ubyte is truncated"):
+    with pytest.raises(ValueError, match="train-images-idx3-ubyte is truncated or corrupt"):
         load_dataset("mnist", tmp_path)
 
 
@@ -85,19 +86,12 @@ def test_half_downloaded_archive_is_named(mnist, tmp_path):
         load_dataset("mnist", tmp_path)
 
 
-def test_labels_must_be_as_many_as_images_and_classes(mnist, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "calculate_md5", lambda path: data.MNIST_MD5[path.name])
-    labels = mnist["train-labels-idx1-ubyte"]
-    labels.write_bytes(idx(np.zeros(59, np.uint8)))
-    with pytest.raises(ValueError, match="train has 60 images but 59 labels"):
-        load_dataset("mnist", tmp_path)
-    labels.write_bytes(idx(np.full(60, 10, np.uint8)))
-    with pytest.raises(ValueError, match="train-labels-idx1-ubyte is corrupt: it holds the label 10"):
-        load_dataset("mnist", tmp_path)
+@pytest.fixture
+def fashion(mnist, tmp_path, monkeypatch):
+    """A small Fashion-MNIST with its archives, whose checksums count as the originals'; returns its folder.
 
-
-def test_bit_flip_is_found_by_the_archive_beside_the_file(mnist, tmp_path, monkeypatch):
-    """Fashion-MNIST: torchvision knows the archive's checksum, and the archive its content's."""
+    torchvision knows the archives' checksums, and each archive that of its content.
+    """
     shutil.move(tmp_path / "MNIST", tmp_path / "FashionMNIST")
     folder = tmp_path / "FashionMNIST" / "raw"
     resources = []
@@ -106,9 +100,41 @@ def test_bit_flip_is_found_by_the_archive_beside_the_file(mnist, tmp_path, monke
         archive.write_bytes(gzip.compress(path.read_bytes()))
         resources.append((archive.name, hashlib.md5(archive.read_bytes()).hexdigest()))
     monkeypatch.setattr(datasets.FashionMNIST, "resources", resources)
+    return folder
+
+
+@pytest.mark.parametrize("how", ["one bit", "truncated", "type"])
+def test_damage_is_found_by_the_archives_checksum(fashion, tmp_path, how):
     assert len(load_dataset("fashion-mnist", tmp_path).train_images) == 60
-    damage(folder / "train-images-idx3-ubyte", "one bit")
-    with pytest.raises(ValueError, match="train-images-idx3-ubyte is corrupt: its checksum"):
+    damage(fashion / "train-images-idx3-ubyte", how)
+    with pytest.raises(ValueError, match="train-images-idx3-ubyte is truncated or corrupt; delete"):
+        load_dataset("fashion-mnist", tmp_path)
+
+
+def test_files_without_archives_are_loaded(fashion, tmp_path):
+    for archive in fashion.glob("*.gz"):
+        archive.unlink()
+    loaded = load_dataset("fashion-mnist", tmp_path)
+    assert len(loaded.train_images) == 60 and loaded.test_labels.max() < 10
+
+
+@pytest.mark.parametrize("how", ["empty", "header cut", "truncated", "type", "not idx"])
+@pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
+def test_damage_without_archives_is_a_users_error(fashion, tmp_path, name, how):
+    """No checksum is known then, but the data set is named, and what to delete."""
+    for archive in fashion.glob("*.gz"):
+        archive.unlink()
+    damage(fashion / name, how)
+    with pytest.raises(ValueError, match="fashion-mnist in .* is damaged .*; delete .*FashionMNIST"):
+        load_dataset("fashion-mnist", tmp_path)
+
+
+@pytest.mark.parametrize("labels", [np.zeros(59, np.uint8), np.full(60, 10, np.uint8)], ids=["too few", "unknown"])
+def test_labels_must_fit_images_and_classes(fashion, tmp_path, labels):
+    for archive in fashion.glob("*.gz"):
+        archive.unlink()
+    (fashion / "train-labels-idx1-ubyte").write_bytes(idx(labels))
+    with pytest.raises(ValueError, match="fashion-mnist in .* is damaged .*; delete .*FashionMNIST"):
         load_dataset("fashion-mnist", tmp_path)
 
 
@@ -132,7 +158,7 @@ def test_every_epoch_visits_every_image_once(n, batch_size):
         assert sorted(epoch.tolist()) == list(range(n))
 
 
-def test_batches_are_a_function_of_seed_and_step_and_epochs_differ():
+def test_batches_depend_on_seed_and_step_alone():
     first = [batch_indices(100, 10, 1, step).tolist() for step in range(20)]
     data.epoch_order.cache_clear()
     assert [batch_indices(100, 10, 1, step).tolist() for step in reversed(range(20))][::-1] == first
@@ -152,29 +178,56 @@ def test_pixels_are_in_0_to_1():
     assert to_pixels(images, torch.device("cpu")).flatten().tolist() == pytest.approx([0, 0.2, 1])
 
 
-def test_cifar10_is_loaded_as_uint8_with_its_own_test_split_and_damaged_files_are_named(tmp_path, monkeypatch):
+@pytest.fixture
+def cifar10(tmp_path, monkeypatch):
+    """A data folder with a small CIFAR-10, whose checksums count as the originals'; returns its pixels by file."""
     random = np.random.default_rng(0)
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     pixels, md5s = {}, {}
     for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"]:
         pixels[name] = random.integers(0, 256, (4, 3072), np.uint8)
-        content = {"data": pixels[name], "labels": [0, 1, 2, 3], "label_names": ["cat"]}
+        content = {"data": pixels[name], "labels": [0, 1, 2, 3], "label_names": ["cat", "dog", "car", "bird"]}
         (folder / name).write_bytes(pickle.dumps(content))
         md5s[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
     source = datasets.CIFAR10
     monkeypatch.setattr(source, "train_list", [[name, md5s[name]] for name in md5s if "data" in name])
     monkeypatch.setattr(source, "test_list", [["test_batch", md5s["test_batch"]]])
     monkeypatch.setattr(source, "meta", source.meta | {"md5": md5s["batches.meta"]})
+    return pixels
+
+
+def test_cifar10_is_uint8_with_its_own_test_split(cifar10, tmp_path):
     loaded = load_dataset("cifar10", tmp_path)
     assert loaded.train_images.shape == (20, 3, 32, 32) and loaded.train_labels.tolist() == [0, 1, 2, 3] * 5
-    assert np.array_equal(loaded.test_images.flatten(1).numpy(), pixels["test_batch"])  # red, green, blue planes
-    (folder / "data_batch_3").write_bytes(b"")
-    with pytest.raises(ValueError, match="data_batch_3 is truncated or corrupt; delete it"):
+    assert loaded.train_images.dtype == torch.uint8
+    planes = cifar10["test_batch"]  # red, green, blue
+    assert np.array_equal(loaded.test_images.flatten(1).numpy(), planes)
+
+
+def test_damaged_cifar10_file_is_named(cifar10, tmp_path):
+    (tmp_path / "cifar-10-batches-py" / "data_batch_3").write_bytes(b"")
+    with pytest.raises(ValueError, match="data_batch_3 is truncated or corrupt; delete .*cifar-10-python.tar.gz"):
         load_dataset("cifar10", tmp_path)
 
 
 @pytest.mark.parametrize(("size", "lengths"), [(28, [100, 100, 50]), (150, [23] * 10 + [20]), (1024, [1] * 250)])
-def test_parts_hold_all_images_in_order_and_of_large_ones_fewer(size, lengths):
-    indices = parts(250, (size, size))
-    assert [len(part) for part in indices] == lengths and torch.equal(torch.cat(indices), torch.arange(250))
+def test_chunks_of_large_images_are_shorter(size, lengths):
+    indices = chunks(250, (size, size))
+    assert [len(chunk) for chunk in indices] == lengths and torch.equal(torch.cat(indices), torch.arange(250))
+
+
+def test_first_images_are_fewer_of_large_ones(monkeypatch):
+    images = torch.randint(0, 256, (50, 1, 4, 5), dtype=torch.uint8)
+    monkeypatch.setattr(data, "CHUNK_PIXELS", 7 * 20)
+    assert torch.equal(first_images(images, 30), images[:30])
+    assert torch.equal(first_images(images, 99), images)
+    monkeypatch.setattr(data, "FIRST_PIXELS", 9 * 20 + 1)
+    assert torch.equal(first_images(images, 30), images[:9])
+
+
+def test_image_size_scales_and_crops_named_sets():
+    small, large = load_dataset("digits", image_size=16), load_dataset("digits")
+    for images, originals in ((small.train_images, large.train_images), (small.test_images, large.test_images)):
+        assert torch.equal(images, resize(originals, [16, 16], antialias=True))
+    torch.testing.assert_close(small.mean, channel_stats(count_pixels(small.train_images))[0])

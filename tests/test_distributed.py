@@ -7,14 +7,15 @@ import subprocess
 import sys
 import time
 
+from harness.storage import load_checkpoint
+
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import ROOT, SMALL, rows
 
-import train
-from checkpoint import load_checkpoint, save_checkpoint
 from quantizer import VectorQuantizer
 
 STEPS, JOINT = 40, 24  # vectors per step, of all ranks together
@@ -60,7 +61,8 @@ def rank_main(rank, ranks, folder):
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_codebook_is_the_same_on_every_rank_and_that_of_one_process_on_the_joint_batch(tmp_path, ranks):
+def test_codebook_is_that_of_the_joint_batch(tmp_path, ranks):
+    """It is the same on every rank, to the bit, and that of one process up to rounding."""
     mp.spawn(rank_main, args=(ranks, str(tmp_path)), nprocs=ranks)
     for ema in (False, True):
         vq, optimizer = quantizer(ema)
@@ -99,7 +101,8 @@ def losses(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["--ema", "--no-ema"])
-def test_torchrun_matches_one_process_and_its_checkpoint_resumes_on_other_numbers(tmp_path, way):
+def test_torchrun_matches_one_process(tmp_path, way):
+    """Up to rounding; and its checkpoint goes on with other numbers of processes."""
     one, three = tmp_path / "one", tmp_path / "three"
     subprocess.run([sys.executable, *RUN, way, f"--out-dir={one}"], cwd=ROOT, check=True, capture_output=True)
     code, printed = finish(torchrun("--standalone", *RUN, way, f"--out-dir={three}", nproc=3))  # 16 images: 6, 5, 5
@@ -144,30 +147,23 @@ def wait_for_metrics(process, folder):
         assert process.poll() is None
 
 
-@pytest.mark.parametrize(("name", "restarts", "goes_on"), [("none", 0, False), ("none", 1, True), ("run1", 0, True)])
-def test_new_job_without_a_name_does_not_take_the_last_one_for_its_own(
-    trained_run, monkeypatch, name, restarts, goes_on
-):
-    """As after `torchrun --nnodes 2 --master-addr ...`, whose jobs all have the same name, none."""
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
-    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
-    state = load_checkpoint(trained_run)
-    state["args"]["job"] = name
-    save_checkpoint(trained_run, state)
-    args = train.parse_args([f"--out-dir={trained_run}", *SMALL, "--save-every=10", "--steps=40"])
-    assert args.resume == (str(trained_run) if goes_on else None)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes as Linux shows them")
-def test_killed_rank_ends_the_job_in_bounded_time_or_restarts_it_from_the_last_checkpoint(tmp_path):
+def test_killed_rank_ends_or_restarts_the_job(tmp_path):
+    """It ends in bounded time, and the same command goes on; with --max-restarts torchrun itself does that."""
     long = [*RUN, "--steps=1500", "--save-every=5", "--log-every=1"]
     folder = tmp_path / "ended"
     process = torchrun("--standalone", *long, f"--out-dir={folder}")
     kill_one_rank(process, folder)
     code, _ = finish(process, seconds=60)
+    step = load_checkpoint(folder)["progress"]["step"]
     assert code != 0 and not (folder / "summary.json").exists()
+    process = torchrun("--standalone", *long, f"--out-dir={folder}")  # the same command
+    printed = next(line for line in process.stdout if "training on" in line)
+    process.send_signal(signal.SIGTERM)
+    finish(process, seconds=60)
+    assert f"2 processes, going on from step {step}" in printed
+    assert [int(row["step"]) for row in rows(folder)] == list(range(1, len(rows(folder)) + 1))
 
     folder = tmp_path / "restarted"
     restarting = [*RUN, "--steps=60", "--save-every=5", "--log-every=1"]
@@ -179,7 +175,7 @@ def test_killed_rank_ends_the_job_in_bounded_time_or_restarts_it_from_the_last_c
     assert not [path for path in folder.iterdir() if path.is_dir()]  # and no new run begun
 
 
-def test_sigterm_to_the_agent_saves_and_stops_all_ranks(tmp_path):
+def test_sigterm_to_the_agent_stops_all_ranks(tmp_path):
     process = torchrun(
         "--standalone", *RUN, "--steps=5000", "--save-every=5000", "--log-every=1", f"--out-dir={tmp_path}"
     )
@@ -188,6 +184,24 @@ def test_sigterm_to_the_agent_saves_and_stops_all_ranks(tmp_path):
     code, printed = finish(process, seconds=60)
     step = load_checkpoint(tmp_path)["progress"]["step"]
     assert code != 0 and step >= 3 and f"stopped at step {step}" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes as Linux shows them")
+def test_ranks_end_when_their_agent_is_killed(tmp_path):
+    """Nobody is left to stop them: they save and end by themselves, and unlock the folder."""
+    run = [*RUN, "--steps=5000", "--save-every=5000", "--log-every=1", f"--out-dir={tmp_path}"]
+    agent = torchrun("--standalone", *run)
+    wait_for_metrics(agent, tmp_path)
+    ranks = workers(agent)
+    agent.kill()
+    gone, alive = psutil.wait_procs([psutil.Process(pid) for pid in ranks if psutil.pid_exists(pid)], timeout=60)
+    for process in alive:
+        process.kill()
+    agent.communicate()
+    step = load_checkpoint(tmp_path)["progress"]["step"]
+    assert not alive and step >= 3
+    assert len(rows(tmp_path)) == step
 
 
 @pytest.fixture

@@ -1,11 +1,13 @@
 import json
 
+from harness import data
+
 import numpy as np
 import pytest
 import torch
+from conftest import refusal, train
 from scipy.ndimage import gaussian_filter
 
-import data
 import evaluate
 from model import VQVAE
 
@@ -36,11 +38,12 @@ def model():
     return model
 
 
-def test_figures_are_those_of_all_images_whatever_is_measured_at_once(model, monkeypatch):
+def test_figures_are_over_all_images(model, monkeypatch):
+    """Whatever number is measured at once."""
     images = torch.randint(0, 256, (37, 1, 28, 28), dtype=torch.uint8)
     measured, (counts,) = evaluate.evaluate(model, images)
     for count in (1, 10):
-        monkeypatch.setattr(data, "PART_PIXELS", count * 28 * 28)
+        monkeypatch.setattr(data, "CHUNK_PIXELS", count * 28 * 28)
         assert evaluate.evaluate(model, images)[0] == pytest.approx(measured, rel=1e-5)
     with torch.no_grad():
         x = images.numpy() / 255
@@ -53,7 +56,7 @@ def test_figures_are_those_of_all_images_whatever_is_measured_at_once(model, mon
     assert measured["codes_used"] == (counts > 0).sum() and counts.sum() == 37 * 49
 
 
-def test_evaluating_leaves_the_model_in_its_mode_and_changes_nothing(model):
+def test_evaluating_changes_nothing_in_the_model(model):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.train()
     evaluate.evaluate(model, torch.randint(0, 256, (5, 1, 28, 28), dtype=torch.uint8))
@@ -67,3 +70,26 @@ def test_script_prints_and_writes_what_training_measured(trained_run, capsys):
     assert printed == json.loads((trained_run / "evaluation.json").read_text())
     names = ("dataset", "test_mse", "test_psnr", "test_ssim", "perplexity", "codes_used")
     assert {n: printed[n] for n in names} == pytest.approx({n: summary[n] for n in names})
+
+
+def test_each_level_has_its_own_figures():
+    model = VQVAE(1, (16, 16), codebook_size=16, code_dim=8, width=16, blocks=1, levels=2, kmeans_start=False)
+    for level in model.levels:
+        torch.nn.init.normal_(level.quantizer.codebook)
+    images = torch.randint(0, 256, (9, 1, 16, 16), dtype=torch.uint8)
+    measured, counts = evaluate.evaluate(model, images)
+    for name, uses, indices in zip(("top", "bottom"), counts, model.encode(images / 255), strict=True):
+        assert torch.equal(uses, indices.flatten().bincount(minlength=16))
+        share = (uses[uses > 0] / uses.sum()).numpy()
+        assert measured[f"perplexity_{name}"] == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-5)
+        assert measured[f"codes_used_{name}"] == len(share)
+
+
+def test_folder_at_another_place_is_measured(folder, tmp_path, capsys):
+    train(tmp_path / "results", f"--dataset={folder}", "--steps=2", "--batch-size=4")
+    expected = json.loads((tmp_path / "results" / "summary.json").read_text())["test_mse"]
+    folder.rename(tmp_path / "moved")
+    assert "name it with --data-dir" in refusal(capsys, evaluate, "--run", tmp_path / "results")
+    evaluate.main(evaluate.parse_args(["--run", str(tmp_path / "results"), "--data-dir", str(tmp_path / "moved")]))
+    measured = json.loads((tmp_path / "results" / "evaluation.json").read_text())
+    assert measured["test_mse"] == pytest.approx(expected) and measured["step"] == 2

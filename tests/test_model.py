@@ -1,9 +1,15 @@
+import json
 import shutil
+
+from harness.data import load_dataset
+from harness.storage import load_checkpoint
 
 import pytest
 import torch
 
-from model import VQVAE, Decoder, Encoder
+import evaluate
+import train
+from model import VQVAE, Decoder, Encoder, ResidualBlock, build_model, load_model, named
 
 
 def make(channels=1, size=(28, 28), **options):
@@ -16,7 +22,7 @@ def make(channels=1, size=(28, 28), **options):
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [(28, 28), (32, 32), (30, 17), (1, 5)])
-def test_any_channels_and_size_come_back_as_they_went_in(channels, size):
+def test_reconstructions_have_the_shape_of_images(channels, size):
     model, x = make(channels, size).eval(), torch.rand(2, channels, *size)
     x_recon, (quantized,) = model(x)
     grid = (-(-size[0] // 4), -(-size[1] // 4))
@@ -27,7 +33,7 @@ def test_any_channels_and_size_come_back_as_they_went_in(channels, size):
 
 
 @pytest.mark.parametrize("levels", [1, 2])
-def test_a_training_step_never_makes_the_host_wait_for_a_gpu(levels):
+def test_step_never_waits_for_a_gpu(levels):
     """The meta device has no values to wait for; asking it for one is an error."""
     model = make(levels=levels).to("meta", memory_format=torch.channels_last).train()
     x_recon, quantized = model(torch.rand(2, 1, 28, 28, device="meta"))
@@ -49,7 +55,7 @@ def test_each_level_has_a_code_per_its_stride(downsample, levels):
     assert model.decode(indices, padded).shape == (2, 3, *padded)
 
 
-def test_top_codes_reach_the_bottom_codes_and_the_image():
+def test_top_codes_reach_bottom_codes_and_image():
     """arXiv 1906.00446, section 3.1: the bottom codes are chosen with what the top codes are decoded to at hand."""
     model, x = make(size=(32, 32), levels=2).eval(), torch.rand(4, 1, 32, 32)
     top, bottom = model.encode(x)
@@ -61,7 +67,7 @@ def test_top_codes_reach_the_bottom_codes_and_the_image():
     assert not torch.equal(model.z_e(x)[1], z_e)
 
 
-def test_absent_level_is_decoded_from_its_average_code():
+def test_absent_level_is_decoded_as_average_code():
     model, x = make(size=(30, 20), levels=2).eval(), torch.rand(2, 1, 30, 20)
     top, bottom = model.encode(x)
     quantizer = model.levels[0].quantizer
@@ -72,9 +78,14 @@ def test_absent_level_is_decoded_from_its_average_code():
     torch.testing.assert_close(model.levels[0].average_code(2, 4, 3)[1, :, 2, 1], expected)
     quantizer.ema_counts.zero_()[5] = 1
     torch.testing.assert_close(model.decode([torch.full_like(top, 5), bottom]), model.decode([None, bottom]))
-    for wrong, message in (([bottom], "the model has 2"), ([None, None], "no indices of any level"), ([], "has 2")):
-        with pytest.raises(ValueError, match=message):
-            model.decode(wrong)
+
+
+@pytest.mark.parametrize("levels", [[], ["bottom"], [None, None]], ids=str)
+def test_decode_refuses_indices_of_other_levels(levels):
+    model = make(size=(16, 16), levels=2)
+    indices = [level and torch.zeros(1, 4, 4, dtype=torch.int64) for level in levels]
+    with pytest.raises(ValueError, match=f"got indices of {levels.count('bottom')} levels, but the model has 2"):
+        model.decode(indices)
 
 
 def test_odd_strides_are_refused():
@@ -84,14 +95,86 @@ def test_odd_strides_are_refused():
 
 
 def test_decode_crops_to_the_size_asked_for():
-    model = make()
-    assert model.decode([torch.zeros(3, 7, 8, dtype=torch.int64)], size=(25, 30)).shape == (3, 1, 25, 30)
+    model, indices = make(), [torch.randint(16, (3, 7, 8))]
+    whole = model.decode(indices)
+    assert whole.shape == (3, 1, 28, 32)
+    assert torch.equal(model.decode(indices, size=(25, 30)), whole[:, :, :25, :30])
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_padding_and_cropping_are_right_and_bottom(levels):
+    """Images are padded by their last pixels to whole codes, and cropped from there."""
+    model, x = make(size=(30, 17), levels=levels).eval(), torch.rand(2, 1, 30, 17)
+    height, width = (32, 20) if levels == 1 else (32, 24)
+    padded = torch.cat([x, x[:, :, :, -1:].expand(-1, -1, -1, width - 17)], 3)
+    padded = torch.cat([padded, padded[:, :, -1:].expand(-1, -1, height - 30, -1)], 2)
+    indices = model.encode(x)
+    assert all(torch.equal(*pair) for pair in zip(indices, model.encode(padded)))
+    whole = model.decode(indices, (height, width))
+    assert torch.equal(model.decode(indices), whole[:, :, :30, :17])
+    assert torch.equal(model(x).x_recon, model(padded).x_recon[:, :, :30, :17])
 
 
 def test_mnist_default_has_49_codes_of_512():
     model = VQVAE(1, (28, 28))
     assert [level.shape for level in model.encode(torch.rand(2, 1, 28, 28))] == [(2, 7, 7)]
     assert model.levels[0].quantizer.codebook.shape == (512, 64)
+
+
+def measured(model):
+    """Read what train.py's flags decide from the model's layers and from what a step changes."""
+    level = model.levels[-1]
+    codebook = level.quantizer.codebook
+    code = model.encode(torch.zeros(1, 1, 64, 64))[-1]
+    found = {"codebook_size": len(codebook), "code_dim": codebook.shape[1], "width": level.to_code[1].in_channels}
+    found |= {"blocks": sum(isinstance(module, ResidualBlock) for module in level.encoder), "levels": len(model.levels)}
+    found |= {"downsample": 64 // code.shape[-1], "ema": not isinstance(codebook, torch.nn.Parameter)}
+    found |= {"kmeans_start": level.quantizer.started.item() == 0}
+    level.quantizer.started.fill_(len(codebook))
+    counts = level.quantizer.ema_counts.clone()
+    level.quantizer.train()(codebook[:1].detach())  # only the first code is used
+    found["decay"] = round((level.quantizer.ema_counts[1] / counts[1]).item(), 4)
+    return found | {"revive_below": level.quantizer.revive_below}
+
+
+@pytest.mark.parametrize(
+    ("flag", "name", "value"),
+    [
+        ("--codebook-size=9", "codebook_size", 9),
+        ("--code-dim=6", "code_dim", 6),
+        ("--width=12", "width", 12),
+        ("--blocks=3", "blocks", 3),
+        ("--levels=2", "levels", 2),
+        ("--downsample=8", "downsample", 8),
+        ("--ema", "ema", True),
+        ("--decay=0.75", "decay", 0.75),
+        ("--no-kmeans-start", "kmeans_start", False),
+        ("--revive-below=0.125", "revive_below", 0.125),
+    ],
+)
+def test_every_flag_arrives_in_the_model(flag, name, value):
+    """And changes nothing else; the first level is measured."""
+    small = ["--codebook-size=8", "--code-dim=4", "--width=8", "--blocks=1", "--downsample=4"]
+    plain, other = (build_model(vars(train.parse_args([*small, *flags])), (1, 64, 64)) for flags in ([], [flag]))
+    before, after = measured(plain), measured(other)
+    if name == "levels":  # the features of the level above join its own
+        before["width"] = after["width"] = 0
+    assert before[name] != value and after == before | {name: value}
+
+
+def test_loaded_model_is_that_of_the_run(finished_run):
+    checkpoint = load_checkpoint(finished_run)
+    model = load_model(checkpoint)
+    assert not model.training
+    assert all(torch.equal(value, checkpoint["model"][name]) for name, value in model.state_dict().items())
+    assert model.levels[0].quantizer.codebook.shape == (32, 8) and model.image_size == (28, 28)
+    measured, _ = evaluate.evaluate(model, load_dataset("digits").test_images)
+    assert measured["test_mse"] == pytest.approx(json.loads((finished_run / "summary.json").read_text())["test_mse"])
+
+
+def test_figures_of_two_levels_are_named():
+    assert named("perplexity", "") == "perplexity" and named("perplexity", "top") == "perplexity_top"
+    assert [VQVAE(1, (8, 8), levels=levels).level_names for levels in (1, 2)] == [("",), ("top", "bottom")]
 
 
 def test_each_block_has_its_own_weights():
@@ -124,16 +207,16 @@ def test_wrong_channels_are_named():
 @pytest.mark.parametrize("levels", [1, 2])
 def test_all_parameters_learn(levels):
     model = make(levels=levels)
-    for block in (m for m in model.modules() if type(m).__name__ == "ResidualBlock"):
+    for block in (module for module in model.modules() if isinstance(module, ResidualBlock)):
         torch.nn.init.normal_(block[-1].weight, std=0.1)  # it starts at zero, and what is before it waits a step
     x_recon, quantized = model(torch.rand(4, 1, 28, 28))
     (x_recon.square().mean() + sum(level.codebook_loss + level.commitment_loss for level in quantized)).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
-def test_bfloat16_changes_reconstructions_by_its_rounding_alone():
+def test_bfloat16_changes_reconstructions_by_rounding_alone():
     model, x = make().eval(), torch.rand(8, 1, 28, 28)
-    for block in (m for m in model.modules() if type(m).__name__ == "ResidualBlock"):
+    for block in (module for module in model.modules() if isinstance(module, ResidualBlock)):
         torch.nn.init.normal_(block[-1].weight, std=0.1)
     indices = model.encode(x)  # the same for both: of two codes at like distances rounding may choose either
     expected = model.decode(indices)
@@ -144,7 +227,7 @@ def test_bfloat16_changes_reconstructions_by_its_rounding_alone():
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("default")  # the compiler's own
-def test_compiled_model_takes_the_steps_of_the_eager_one():
+def test_compiled_model_steps_like_the_eager_one():
     models, x = [], torch.rand(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     for _ in range(2):
         torch.manual_seed(0)

@@ -23,7 +23,7 @@ def some_codes(prior, n=5):
     return torch.randint(K, (n, prior.length), generator=generator), torch.randint(4, (n,), generator=generator)
 
 
-def test_attention_in_bfloat16_as_training_takes_it_is_that_of_float32(prior):
+def test_attention_in_bfloat16_is_close_to_float32(prior):
     codes, labels = some_codes(prior)
     expected = prior(codes, labels)
     with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
@@ -31,7 +31,7 @@ def test_attention_in_bfloat16_as_training_takes_it_is_that_of_float32(prior):
     assert 0 < (close - expected).abs().max() < 0.05 * expected.abs().max()
 
 
-def test_each_code_is_predicted_from_those_before_it_alone(prior):
+def test_codes_are_predicted_from_those_before_alone(prior):
     codes, labels = some_codes(prior)
     logits = prior(codes, labels)
     assert logits.shape == (5, prior.length, K)
@@ -44,9 +44,9 @@ def test_each_code_is_predicted_from_those_before_it_alone(prior):
         assert later.all()  # each of them has seen it
 
 
-def test_codes_that_are_near_one_another_start_alike_at_every_level():
-    prior, codebooks = Prior(K, [(1, 2), (2, 4)], classes=3, width=256), [torch.randn(K, 8), 5 + 3 * torch.randn(K, 4)]
-    prior.start_from(codebooks)
+def test_near_codes_start_with_near_embeddings():
+    prior, codebooks = Prior(K, [(1, 2), (2, 4)], classes=3, width=240), [torch.randn(K, 8), 5 + 3 * torch.randn(K, 4)]
+    prior.start_from_codebooks(codebooks)
     for codebook, coming_in, head in zip(codebooks, prior.code.weight.split(K), prior.heads):
         expected = torch.pdist(codebook)
         for weight in (coming_in, head.weight):  # a random projection keeps distances, but for their scale
@@ -73,7 +73,7 @@ def test_every_code_depends_on_the_label(prior):
     assert (prior(codes, labels) != prior(codes, (labels + 1) % 4)).flatten(2).any(-1).all()
 
 
-def test_images_of_a_batch_do_not_depend_on_each_other(prior):
+def test_images_do_not_depend_on_batch_mates(prior):
     codes, labels = some_codes(prior)
     alone = torch.cat([prior(codes[i : i + 1], labels[i : i + 1]) for i in range(len(codes))])
     torch.testing.assert_close(prior(codes, labels), alone, rtol=0, atol=1e-4)
@@ -90,17 +90,19 @@ def test_cached_steps_give_the_logits_of_the_whole(prior):
 
 def test_levels_have_embeddings_and_heads_of_their_own():
     assert torch.equal(Prior(4, [(1, 2), (2, 4)], 0).level_at, torch.tensor([0] * 2 + [1] * 8))
-    one, two = Prior(4, [(2, 2)], 0, width=8), Prior(4, [(1, 1), (2, 2)], 0, width=8)
+    one, two = Prior(4, [(2, 2)], 0, width=8, heads=2), Prior(4, [(1, 1), (2, 2)], 0, width=8, heads=2)
     grown = sum(p.numel() for p in two.parameters()) - sum(p.numel() for p in one.parameters())
     assert grown == 4 * 8 + (4 * 8 + 4) + 8 + 8  # codes, head, level, one position more
 
 
 def test_blocks_share_no_weights():
-    sizes = [sum(p.numel() for p in Prior(4, [(2, 2)], 2, width=8, depth=depth).parameters()) for depth in (1, 2, 3)]
+    sizes = [
+        sum(p.numel() for p in Prior(4, [(2, 2)], 2, width=8, depth=depth, heads=2).parameters()) for depth in (1, 2, 3)
+    ]
     assert sizes[2] - sizes[1] == sizes[1] - sizes[0] > 12 * 8 * 8
 
 
-def test_learns_four_sequences_by_heart_and_draws_each_for_its_class():
+def test_learns_and_draws_a_sequence_per_class():
     prior = Prior(K, [(3, 3)], classes=4, width=32, depth=2, heads=2)
     codes, labels = torch.randint(K, (4, 9)), torch.arange(4)
     optimizer = torch.optim.Adam(prior.parameters(), lr=1e-2)
@@ -133,7 +135,7 @@ def test_top_k_of_one_takes_the_likeliest_code(prior):
 
 
 @pytest.mark.parametrize("guidance", [0.0, 0.5, 3.0])
-def test_guidance_goes_from_any_class_to_the_asked_one_and_beyond(prior, guidance):
+def test_guidance_goes_from_any_class_to_one(prior, guidance):
     labels = torch.tensor([0, 1, 2])
     any_class = torch.full_like(labels, 3)
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import PROGRAMS, ROOT
 from sklearn.cluster import KMeans
 
 import quantizer
@@ -44,7 +44,7 @@ def train_steps(vq, batches, optimizer=None):
 
 
 @pytest.mark.parametrize("shape", [(5, 4), (5, 4, 7), (3, 4, 5, 6), (2, 4, 3, 2, 5)])
-def test_any_rank_gives_the_nearest_codes_of_brute_force(shape):
+def test_any_rank_gives_brute_forces_nearest_codes(shape):
     vq, z_e = make().eval(), torch.randn(shape)
     out = vq(z_e)
     assert out.indices.shape == (shape[0], *shape[2:]) and out.indices.dtype == torch.int64
@@ -54,7 +54,7 @@ def test_any_rank_gives_the_nearest_codes_of_brute_force(shape):
     assert torch.equal(vq.lookup(out.indices), out.z_q)
 
 
-def test_channels_are_the_space_and_all_else_is_flattened():
+def test_channels_are_the_space_of_the_codes():
     z_e = torch.randn(16, 64, 32, 32)
     out = make(size=8, dim=64)(z_e)
     assert out.z_q.shape == z_e.shape and out.indices.numel() == 16 * 32 * 32
@@ -67,11 +67,24 @@ def test_ties_go_to_the_lowest_index():
     assert make(codebook, 5, 1)(z_e).indices.tolist() == [1, 1, 0, 3]
 
 
-def test_ties_go_to_the_lowest_index_among_many_codes_too():
+def test_ties_among_many_codes_go_lowest_too():
     few = torch.randn(90, 8)
     codebook = few[torch.randint(90, (700,))]  # each code several times, near and far
     z = torch.cat([codebook[torch.randperm(700)], torch.randn(300, 8)])
     assert torch.equal(nearest_code(z, codebook), brute_force(z, codebook))
+
+
+@pytest.mark.parametrize("offset", [0, 100, 2**20, -(2**30)])
+@pytest.mark.parametrize("unit", [2.0**-10, 1.0, 2.0**10])
+def test_exact_ties_far_away_go_lowest(offset, unit):
+    """Equal codes, and vectors halfway between two codes: all of these numbers are exact in float32."""
+    step = max(1, abs(offset) // 2**20)  # the spacing of float32 near the offset, halves included
+    few = torch.randint(-3, 4, (40, 3)).float()
+    codebook = few[torch.randint(40, (150,))]
+    halfway = (codebook[torch.randint(150, (100,))] + codebook[torch.randint(150, (100,))]) / 2
+    z = torch.cat([codebook, halfway, torch.randint(-9, 10, (100, 3)) / 2])
+    z, codebook = (unit * (offset + step * values) for values in (z, codebook))
+    assert (nearest_code(z, codebook) == brute_force(z, codebook)).all()
 
 
 @pytest.mark.parametrize(("size", "dim"), [(512, 64), (8192, 64), (65_536, 8)])
@@ -86,7 +99,7 @@ def test_memory_layout_does_not_change_the_result():
 
 
 @pytest.mark.parametrize("scale", [1e-44, 1e-30, 1e30])
-def test_values_whose_squares_leave_float32_are_quantized_all_the_same(scale):
+def test_squares_may_leave_the_range_of_float32(scale):
     z_e, codebook = torch.randn(50, 4) * scale, torch.randn(8, 4) * scale
     assert torch.equal(make(codebook).eval()(z_e).indices, brute_force(z_e, codebook))
 
@@ -114,22 +127,15 @@ def test_chunks_give_the_indices_of_one_product(monkeypatch):
         assert torch.equal(nearest_code(z, codebook), whole)
 
 
-def test_lookup_memory_does_not_grow_with_n_times_k():
+def test_lookup_memory_stays_far_below_all_distances():
     """16,384 x 65,536 distances would be 4 GiB; the process may grow by a tenth of that."""
-    code = """if True:
-        import torch
-        from machine import peak_memory
-        from quantizer import VectorQuantizer
-        vq, z = VectorQuantizer(65536, 2, kmeans_start=False).eval(), torch.randn(16384, 2)
-        before = peak_memory()
-        vq(z)
-        print(peak_memory() - before)"""
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}
-    grown = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, check=True).stdout
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])}
+    program = [sys.executable, PROGRAMS / "lookup_memory.py"]
+    grown = subprocess.run(program, env=environment, stdout=subprocess.PIPE, check=True).stdout
     assert int(grown) < 400 * 2**20
 
 
-def test_autocast_does_not_lower_the_precision_of_the_lookup():
+def test_autocast_leaves_the_lookup_in_float32():
     vq, z_e = make(size=64).eval(), torch.randn(512, 4)
     expected = vq(z_e)
     with torch.autocast("cpu", torch.bfloat16):
@@ -145,10 +151,33 @@ def test_z_q_has_the_dtype_of_z_e(dtype):
     assert torch.equal(out.indices, brute_force(z_e, vq.codebook))
 
 
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@BOTH_WAYS
+def test_cast_quantizer_keeps_its_codebook_in_float32(ema, dtype, train):
+    """Whoever casts a whole model casts the quantizer with it: it computes in float32 all the same."""
+    options = {"ema": ema, "kmeans_start": train, "revive_below": 0.1, "size": 16}
+    plain, cast = (make(**options).train(train) for _ in range(2))
+    torch.nn.Sequential(cast).to(dtype)
+    for _ in range(2):  # in train mode k-means, then updates and revival
+        z_e = torch.randn(40, 4, 3).to(dtype).requires_grad_()
+        random = torch.get_rng_state()
+        expected = plain(z_e.detach().float())
+        torch.set_rng_state(random)
+        out = cast(z_e)
+        assert out.z_q.dtype == dtype and torch.equal(out.indices, expected.indices)
+        assert out.codebook_loss.dtype == out.commitment_loss.dtype == torch.float32
+        assert torch.equal(out.commitment_loss, expected.commitment_loss)
+        (out.z_q.float().square().sum() + out.codebook_loss + out.commitment_loss).backward()
+        assert z_e.grad.dtype == dtype and z_e.grad.isfinite().all()
+    assert cast.codebook.dtype == cast.ema_counts.dtype == torch.float32 and cast.started.dtype == torch.int64
+    assert all(torch.equal(a, b) for a, b in zip(cast.state_dict().values(), plain.state_dict().values()))
+
+
 @pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("default")  # the compiler's own
 @BOTH_WAYS
-def test_compiled_indices_equal_eager_ones_for_channels_last_input(ema):
+def test_compiled_quantizer_steps_like_the_eager_one(ema):
     eager, compiled = make(size=512, dim=64, ema=ema), make(size=512, dim=64, ema=ema)
     call = torch.compile(compiled)
     for _ in range(2):  # the second meets the codebook that the first has moved
@@ -161,10 +190,21 @@ def test_compiled_indices_equal_eager_ones_for_channels_last_input(ema):
 # Gradients
 
 
-def test_straight_through_hands_the_gradient_of_z_q_to_z_e():
+def test_straight_through_copies_the_gradient_unchanged():
     z_e, weight = torch.randn(3, 4, 5, requires_grad=True), torch.randn(3, 4, 5)
     (make()(z_e).z_q * weight).sum().backward()
     assert torch.equal(z_e.grad, weight)
+
+
+def test_straight_through_is_exact_in_float64():
+    """To the last bit: float32, in which the codes are compared, would keep half of the digits."""
+    vq = make().double()
+    z_e, weight = torch.randn(2, 3, 4, 5, dtype=torch.float64).unbind()
+    z_e.requires_grad_()
+    out = vq(z_e)
+    (out.z_q * weight).sum().backward()
+    assert torch.equal(z_e.grad, weight) and not torch.equal(weight.float().double(), weight)
+    assert torch.equal(out.z_q.float(), vq.lookup(out.indices))
 
 
 def test_losses_are_the_mean_squared_distances():
@@ -174,7 +214,7 @@ def test_losses_are_the_mean_squared_distances():
     torch.testing.assert_close((out.codebook_loss, out.commitment_loss), (expected, expected))
 
 
-def test_codebook_gradient_is_that_of_embedding_and_mse_loss():
+def test_codebook_gradient_is_that_of_torchs_losses():
     vq, z_e = make(), torch.randn(30, 4)
     vq(z_e).codebook_loss.backward()
     weight = vq.codebook.detach().clone().requires_grad_()
@@ -182,7 +222,7 @@ def test_codebook_gradient_is_that_of_embedding_and_mse_loss():
     torch.testing.assert_close(vq.codebook.grad, weight.grad)
 
 
-def test_reconstruction_does_not_move_the_codes_nor_the_codebook_loss_the_encoder():
+def test_each_loss_moves_one_thing():
     vq, z_e = make(), torch.randn(30, 4, requires_grad=True)
     out = vq(z_e)
     assert torch.autograd.grad(out.z_q.square().sum(), vq.codebook, allow_unused=True, retain_graph=True) == (None,)
@@ -190,7 +230,7 @@ def test_reconstruction_does_not_move_the_codes_nor_the_codebook_loss_the_encode
     assert torch.autograd.grad(out.commitment_loss, vq.codebook, allow_unused=True) == (None,)
 
 
-def test_beta_scales_the_encoders_gradient_and_leaves_the_codebooks():
+def test_beta_scales_the_encoders_gradient_alone():
     def gradients(beta):
         vq, z_e = make(), torch.randn(30, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
         out = vq(z_e)
@@ -225,7 +265,7 @@ def test_ema_moves_only_the_code_that_was_hit():
     assert moved[3] > 0 and moved[torch.arange(8) != 3].max() == 0
 
 
-def test_ema_code_keeps_its_place_through_2000_steps_without_a_hit():
+def test_unused_ema_code_stays_through_2000_steps():
     vq = make(ema=True)
     far = vq.codebook[0] = torch.full((4,), 50.0)
     z = torch.randn(16, 4)
@@ -234,7 +274,7 @@ def test_ema_code_keeps_its_place_through_2000_steps_without_a_hit():
     assert torch.equal(vq.codebook[0], far) and vq.codebook.isfinite().all()
 
 
-def test_ema_codebook_is_no_parameter_and_its_loss_has_no_gradient():
+def test_ema_codebook_has_no_gradient():
     vq = make(ema=True)
     out = vq(torch.randn(10, 4))
     assert not list(vq.parameters()) and not out.codebook_loss.requires_grad
@@ -262,7 +302,7 @@ def test_start_is_k_means_of_the_first_batch():
 
 
 @BOTH_WAYS
-def test_start_with_fewer_vectors_than_codes_goes_on_over_the_next_batches(ema):
+def test_start_goes_on_over_several_small_batches(ema):
     vq = make(size=20, kmeans_start=True, ema=ema)
     batches = torch.randn(4, 6, 4)
     for i, z in enumerate(batches):
@@ -270,6 +310,15 @@ def test_start_with_fewer_vectors_than_codes_goes_on_over_the_next_batches(ema):
         assert vq.started == min(20, 6 * (i + 1))
         assert i == 3 or torch.equal(out.z_q, z)  # each vector is a code by then
         assert out.indices.max() < vq.started
+
+
+def test_start_keeps_codes_of_empty_clusters():
+    """Two codes start from a first batch that lies far from the second, of which k-means then finds no member."""
+    vq, far = make(size=4, kmeans_start=True), 1000 + torch.randn(2, 4)
+    vq(far)
+    vq(torch.randn(50, 4))
+    assert vq.started == 4 and sorted(map(tuple, vq.codebook[:2].tolist())) == sorted(map(tuple, far.tolist()))
+    assert vq.codebook.isfinite().all() and vq.codebook[2:].abs().max() < 10
 
 
 def test_start_takes_equal_vectors_once():
@@ -283,7 +332,7 @@ def test_start_takes_equal_vectors_once():
 
 
 @BOTH_WAYS
-def test_dead_codes_move_onto_vectors_of_the_batch_and_stay_in_use(ema):
+def test_dead_codes_come_back_into_use(ema):
     vq = make(ema=ema, revive_below=0.1, size=16)
     vq.codebook.data[8:] += 100  # out of reach
     optimizer = None if ema else torch.optim.Adam(vq.parameters(), lr=1e-3)
@@ -293,7 +342,7 @@ def test_dead_codes_move_onto_vectors_of_the_batch_and_stay_in_use(ema):
 
 
 @BOTH_WAYS
-def test_revived_code_is_a_vector_of_the_batch_after_the_optimisers_step_too(ema):
+def test_revived_code_survives_the_optimizers_step(ema):
     vq = make(ema=ema, revive_below=0.1)
     optimizer = None if ema else torch.optim.Adam(vq.parameters(), lr=0.1)
     train_steps(vq, torch.randn(20, 64, 4), optimizer)  # momentum for every code
@@ -319,6 +368,31 @@ def test_revived_codes_differ_from_each_other():
     assert len(vq.codebook.unique(dim=0)) == 16  # nine distinct vectors moved nine codes, the others wait
 
 
+@BOTH_WAYS
+def test_code_that_the_batch_uses_stays(ema):
+    """Even if it was never used before."""
+    vq = make(ema=ema, revive_below=0.5, size=3, codebook=torch.tensor([[0.0] * 4, [10.0] * 4, [20.0] * 4]))
+    vq.ema_counts[1:] = 0.0
+    z = torch.cat([torch.randn(50, 4), torch.full((1, 4), 10.0)])  # one vector is that of code 1
+    vq(z)
+    assert vq.revived.tolist() == [False, False, True]
+    assert torch.equal(vq.codebook[1].detach(), z[-1]) and (vq.codebook[2] == z).all(1).any()
+
+
+@pytest.mark.parametrize("share", [0.03, 0.3, 0.9])
+@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
+def test_revival_threshold_is_share_of_mean_count(share, scale):
+    vq = make(revive_below=share, size=64, dim=4, decay=0.9)
+    vq.ema_counts.copy_(scale * torch.rand(64))
+    z = torch.randn(100, 4) / 2
+    used = vq.count(vq.encode(z))
+    counts = 0.9 * vq.ema_counts + 0.1 * used
+    dead = (used == 0) & (counts < share * counts.mean())
+    vq(z)
+    assert torch.equal(vq.revived, dead) and 0 < dead.sum() < 64
+    torch.testing.assert_close(vq.ema_counts, counts.where(~dead, counts.mean()))  # time to find users
+
+
 def test_revival_can_be_switched_off():
     vq = make(ema=True)
     vq.codebook[4:] += 100
@@ -341,7 +415,7 @@ def test_eval_mode_and_encode_change_nothing(ema):
 
 
 @BOTH_WAYS
-def test_saved_and_loaded_halfway_ends_bit_for_bit_the_same(ema):
+def test_saved_quantizer_goes_on_bit_for_bit(ema):
     def new():
         vq = make(size=32, ema=ema, kmeans_start=True, revive_below=0.2)
         return vq, None if ema else torch.optim.Adam(vq.parameters(), lr=1e-2)
@@ -363,7 +437,7 @@ def test_saved_and_loaded_halfway_ends_bit_for_bit_the_same(ema):
 
 
 @BOTH_WAYS
-def test_start_saved_halfway_goes_on_in_a_quantizer_that_had_started(ema):
+def test_half_a_start_loads_into_started_quantizer(ema):
     half, whole = make(size=20, kmeans_start=True, ema=ema), make(size=20, kmeans_start=True, ema=ema)
     half(torch.randn(6, 4))
     whole(torch.randn(100, 4))
@@ -373,7 +447,7 @@ def test_start_saved_halfway_goes_on_in_a_quantizer_that_had_started(ema):
 
 
 @BOTH_WAYS
-def test_a_step_never_makes_the_host_wait_for_a_gpu(ema):
+def test_step_never_waits_for_a_gpu(ema):
     """The meta device has no values: to ask it for one, which is what the host would wait for, is an error."""
     vq = VectorQuantizer(32, 4, ema=ema, kmeans_start=False).to("meta")
     optimizer = torch.optim.Adam([*vq.parameters(), torch.nn.Parameter(torch.zeros(1, device="meta"))])
@@ -397,7 +471,7 @@ def test_perplexity_of_closed_forms():
     assert perplexity(torch.tensor([2, 1, 1])).item() == pytest.approx(2**1.5)
 
 
-def test_counts_of_batches_add_up_to_the_count_of_all():
+def test_counts_of_batches_add_up():
     vq, z = make(), torch.randn(99, 4)
     parts = sum(vq.count(vq.encode(part)) for part in z.split(10))
     assert torch.equal(parts, vq.count(vq.encode(z))) and parts.sum() == 99
@@ -433,7 +507,7 @@ def test_non_finite_input_is_refused_and_poisons_nothing(value):
         assert all(torch.equal(before[k], v) for k, v in vq.state_dict().items())
 
 
-def test_wrong_input_says_what_came_and_what_was_needed():
+def test_wrong_input_says_what_was_needed():
     vq = make()
     with pytest.raises(ValueError, match=r"\(2, 3, 5\) but needs \(B, 4, ...\)"):
         vq(torch.randn(2, 3, 5))

@@ -1,4 +1,5 @@
 import re
+import runpy
 import shlex
 
 import pytest
@@ -41,9 +42,17 @@ def test_command_is_understood(command, generating_run):
 
 
 @pytest.mark.parametrize("snippet", [block for language, block in BLOCKS if language == "python"])
-def test_snippet_runs(snippet, generating_run, monkeypatch):
+def test_snippet_runs(snippet, generating_run, tmp_path, monkeypatch):
     monkeypatch.chdir(generating_run.parent)  # where the run is in results/
-    exec(snippet, {})
+    (tmp_path / "snippet.py").write_text(snippet)
+    runpy.run_path(str(tmp_path / "snippet.py"))
+
+
+def test_every_file_is_in_the_file_table():
+    table = re.search(r"^## Files\n\n```\n(.*?)```", README, re.MULTILINE | re.DOTALL).group(1)
+    files = [*ROOT.glob("*.py"), *ROOT.glob("harness/*.py")]
+    for name in (path.relative_to(ROOT).as_posix() for path in files if path.name != "__init__.py"):
+        assert re.search(rf"(?<!\S){re.escape(name)} ", table), name
 
 
 def test_every_file_named_exists():

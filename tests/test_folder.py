@@ -3,6 +3,11 @@
 import os
 import shutil
 
+from harness import folder as folders
+from harness import machine
+from harness.data import batch_indices, batches, channel_stats, dataset_of, load_dataset, write_listing
+from harness.folder import ImageFiles, count_pixels, resize_and_crop
+
 import numpy as np
 import pytest
 import torch
@@ -10,16 +15,12 @@ from conftest import save
 from PIL import Image
 from torchvision.transforms.functional import resize
 
-import images
-from data import batch_indices, batches, channel_stats, dataset_of, load_dataset
-from images import ImageFiles, count_pixels
-
 
 def load(folder, **options):
     return load_dataset(str(folder), **options)
 
 
-def test_train_and_test_folders_are_the_splits_and_their_folders_the_classes(folder):
+def test_folders_are_the_splits_and_classes(folder):
     data = load(folder)
     assert data.train_images.shape == (20, 3, 12, 16) and data.test_images.shape == (10, 3, 12, 16)
     for split, found, labels in (
@@ -36,7 +37,7 @@ def test_train_and_test_folders_are_the_splits_and_their_folders_the_classes(fol
 
 
 @pytest.mark.parametrize("flat", [True, False])
-def test_without_a_test_folder_a_tenth_is_held_out_always_the_same(tmp_path, flat):
+def test_same_tenth_is_held_out_without_test_folder(tmp_path, flat):
     for i in range(50):
         save(tmp_path / ("" if flat else f"class{i % 3}") / f"{i:02}.jpg", quality=95)
     first, again = load(tmp_path), load(tmp_path)
@@ -51,7 +52,7 @@ def test_without_a_test_folder_a_tenth_is_held_out_always_the_same(tmp_path, fla
     assert torch.equal(load(tmp_path).test_images, first.test_images)  # train/ alone is split alike
 
 
-def test_formats_grey_and_alpha(tmp_path):
+def test_reads_formats_grey_and_alpha(tmp_path):
     for name, mode in (("a.PNG", "L"), ("b.jpg", "L"), ("c.jpeg", "L")):
         save(tmp_path / "grey" / name, mode=mode)
     deep = np.arange(192, dtype=np.uint16).reshape(12, 16) * 257
@@ -65,10 +66,12 @@ def test_formats_grey_and_alpha(tmp_path):
     data = load(tmp_path / "grey")
     both = torch.cat([data.train_images, data.test_images])
     assert both.shape == (6, 3, 12, 16)
-    assert any(np.array_equal(image, pixels[..., :3].transpose(2, 0, 1)) for image in both.numpy())
+    alpha = pixels[..., 3:] / 255
+    over_white = (pixels[..., :3] * alpha + 255 * (1 - alpha)).transpose(2, 0, 1)
+    assert any(np.abs(image - over_white).max() < 1 for image in both.numpy())
 
 
-def test_photos_are_turned_as_their_camera_was_held(tmp_path):
+def test_photos_are_turned_by_their_exif_orientation(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # 90 degrees
     upright = [save(tmp_path / f"{i}.png", shape=(16, 12)) for i in range(2)]
@@ -79,7 +82,7 @@ def test_photos_are_turned_as_their_camera_was_held(tmp_path):
         assert any(np.array_equal(image, expected.transpose(2, 0, 1)) for image in both)
 
 
-def test_sizes_that_differ_are_listed_unless_a_size_is_given(tmp_path):
+def test_differing_sizes_need_an_image_size(tmp_path):
     for i, shape in enumerate([(12, 16)] * 3 + [(20, 10)] * 2):
         save(tmp_path / f"{i}.png", shape=shape)
     with pytest.raises(ValueError, match=r"differ in size: 16x12 \(3 images\), 10x20 \(2 images\); .* --image-size"):
@@ -91,11 +94,23 @@ def test_sizes_that_differ_are_listed_unless_a_size_is_given(tmp_path):
     assert any(np.array_equal(image, expected) for image in torch.cat([data.train_images, data.test_images]).numpy())
 
 
-def test_named_data_sets_take_an_image_size_too():
-    assert load_dataset("digits", image_size=16).test_images.shape == (297, 1, 16, 16)
+@pytest.mark.parametrize("kind", ["PIL", "tensor"])
+@pytest.mark.parametrize("high", [False, True])
+def test_resize_keeps_the_shape_and_crops_the_centre(kind, high):
+    """A wide ramp loses as much on the left as on the right, a high one as much at the top as at the bottom."""
+    ramp = torch.arange(0, 240, dtype=torch.uint8).expand(120, 240)
+    image = (ramp.T if high else ramp).contiguous()
+    if kind == "tensor":
+        small = resize_and_crop(image[None], 40)[0]
+    else:
+        small = torch.from_numpy(np.array(resize_and_crop(Image.fromarray(image.numpy()), 40)))
+    small = (small.T if high else small).int()
+    assert small.shape == (40, 40) and (small == small[0]).all()  # nothing changes along the short side
+    expected = torch.arange(40) * 3 + 61  # of the 120 pixels in the middle, three make one
+    assert (small[0] - expected).abs().max() <= 1
 
 
-def test_images_on_disk_give_the_batches_of_images_in_memory(folder):
+def test_disk_and_memory_give_the_same_batches(folder):
     memory, disk = load(folder), load(folder, memory_limit=0)
     assert isinstance(disk.train_images, ImageFiles) and disk.train_images.shape == memory.train_images.shape
     assert torch.equal(memory.mean, disk.mean) and torch.equal(memory.std, disk.std)
@@ -108,27 +123,29 @@ def test_images_on_disk_give_the_batches_of_images_in_memory(folder):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_limit_decides_between_memory_and_disk(folder, monkeypatch):
+def test_memory_limit_decides_between_memory_and_disk(folder, monkeypatch):
     size = 30 * 3 * 12 * 16
     assert isinstance(load(folder, memory_limit=size / 1e9).train_images, torch.Tensor)
     assert isinstance(load(folder, memory_limit=(size - 1) / 1e9).train_images, ImageFiles)
-    monkeypatch.setattr(images, "free_memory", lambda: 2 * size - 2)
+    monkeypatch.setattr(folders, "free_memory", lambda: 2 * size - 2)
     assert isinstance(load(folder).train_images, ImageFiles)
 
 
+@pytest.mark.parametrize("place", [0, 1], ids=["cgroup v2", "cgroup v1"])
 @pytest.mark.parametrize(("limit", "kind"), [("max\n", torch.Tensor), ("9999\n", ImageFiles)])
-def test_memory_of_a_container_ends_at_its_limit(folder, tmp_path, monkeypatch, limit, kind):
+def test_container_limit_decides_too(folder, tmp_path, monkeypatch, place, limit, kind):
     """The machine around it has more than the 17,280 bytes that the images take."""
-    monkeypatch.setattr(images, "CONTAINER_LIMIT", tmp_path / "memory.max")
+    paths = tmp_path / "memory.max", tmp_path / "memory.limit_in_bytes"
+    monkeypatch.setattr(machine, "CONTAINER_LIMITS", paths)
     assert isinstance(load(folder).train_images, torch.Tensor)
-    images.CONTAINER_LIMIT.write_text(limit)
+    paths[place].write_text(limit)
     assert isinstance(load(folder).train_images, kind)
 
 
-def test_decoded_images_are_kept_until_the_folder_changes(folder, tmp_path, monkeypatch):
+def test_decoded_images_are_kept_until_folder_changes(folder, tmp_path, monkeypatch):
     cache, decoded = tmp_path / "images.pt", []
-    original = images.decode
-    monkeypatch.setattr(images, "decode", lambda path, *a: (decoded.append(path), original(path, *a))[1])
+    original = folders.decode
+    monkeypatch.setattr(folders, "decode", lambda path, *a: (decoded.append(path), original(path, *a))[1])
 
     def times_decoded(**options):
         decoded.clear()
@@ -161,7 +178,7 @@ def test_decoded_images_are_kept_until_the_folder_changes(folder, tmp_path, monk
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_kept_images_of_one_folder_are_not_those_of_another(tmp_path):
+def test_cache_of_another_folder_is_not_used(tmp_path):
     for name in ("a", "b"):
         for i in range(10):
             save(tmp_path / name / f"{i}.bmp")
@@ -171,18 +188,20 @@ def test_kept_images_of_one_folder_are_not_those_of_another(tmp_path):
 
 
 @pytest.mark.parametrize("memory_limit", [None, 0])
-def test_image_left_out_for_its_header_alone_shifts_no_other(folder, monkeypatch, memory_limit):
+def test_image_with_bad_header_shifts_no_other(folder, monkeypatch, memory_limit):
     expected = load(folder)
-    bad, original = folder / "train" / "cat" / "3b.png", images.read_header
+    bad, original = folder / "train" / "cat" / "3b.png", folders.read_header
     save(bad)
-    monkeypatch.setattr(images, "read_header", lambda path: original(path if path != bad else folder / "none"))
+    monkeypatch.setattr(
+        folders, "read_header", lambda path, *args: original(path if path != bad else folder / "none", *args)
+    )
     left = load(folder, memory_limit=memory_limit, skip_bad_images=True)
     assert len(left.train_images) == len(left.train_labels) == 20 and len(left.test_labels) == 10
     for before, after in ((expected.train_images, left.train_images), (expected.test_images, left.test_images)):
         assert len(before) == len(after) and all(torch.equal(before[i], after[i]) for i in range(len(before)))
 
 
-def test_broken_links_and_broken_images_of_another_size_are_named_and_left_out(folder, capsys):
+def test_broken_links_and_odd_sizes_are_named(folder, capsys):
     (folder / "train" / "cat" / "link.png").symlink_to("nowhere")
     path = folder / "train" / "cat" / "large.png"
     save(path, shape=(40, 50))
@@ -194,7 +213,7 @@ def test_broken_links_and_broken_images_of_another_size_are_named_and_left_out(f
     assert len(load(folder, skip_bad_images=True).train_images) == 20
 
 
-def test_names_in_another_encoding_are_no_obstacle(tmp_path):
+def test_names_in_another_encoding_are_read(tmp_path):
     for i in range(10):
         save(tmp_path / "photos" / f"{i}.png")
     try:
@@ -204,12 +223,12 @@ def test_names_in_another_encoding_are_no_obstacle(tmp_path):
     assert len(load(tmp_path / "photos", cache=tmp_path / "images.pt").train_images) == 9
 
 
-def test_links_in_a_circle_count_no_image_twice(folder):
+def test_circular_links_count_no_image_twice(folder):
     (folder / "train" / "again").symlink_to(folder / "train")
     assert len(load(folder).train_images) == 20
 
 
-def test_test_folder_without_a_train_folder_is_never_trained_on(folder):
+def test_lone_test_folder_is_never_trained_on(folder):
     for kind in ("cat", "dog"):
         (folder / "train" / kind).rename(folder / kind)
     (folder / "train").rmdir()
@@ -217,7 +236,7 @@ def test_test_folder_without_a_train_folder_is_never_trained_on(folder):
         load(folder)
 
 
-def test_image_that_changes_its_size_while_training_is_named(folder):
+def test_image_resized_while_training_is_named(folder):
     data = load(folder, memory_limit=0)
     path = data.train_images.paths[3]
     save(path, shape=(20, 20))
@@ -225,14 +244,14 @@ def test_image_that_changes_its_size_while_training_is_named(folder):
         list(batches(data.train_images, torch.arange(20).split(5), torch.device("cpu")))
 
 
-def test_cache_that_cannot_be_written_does_not_stop_the_run(folder, tmp_path, capsys):
+def test_unwritable_cache_does_not_stop_loading(folder, tmp_path, capsys):
     assert len(load(folder, cache=tmp_path / "nowhere" / "images.pt").train_images) == 20
     assert "cannot keep the decoded images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("memory_limit", [None, 0])
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
-def test_bad_images_are_named_and_left_out_only_when_asked(folder, tmp_path, capsys, damage, memory_limit):
+def test_bad_images_are_left_out_only_when_asked(folder, tmp_path, capsys, damage, memory_limit):
     bad = folder / "train" / "dog" / "7.png"
     content = bad.read_bytes()
     bad.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "text": b"not an image" * 50}[damage])
@@ -244,7 +263,7 @@ def test_bad_images_are_named_and_left_out_only_when_asked(folder, tmp_path, cap
         assert len(data.train_images) == len(data.train_labels) == 19 and data.train_labels.sum() == 9
 
 
-def test_image_that_goes_bad_while_training_is_named_in_one_line(folder):
+def test_image_damaged_while_training_is_named(folder):
     data = load(folder, memory_limit=0)
     path = data.train_images.paths[11]
     path.write_bytes(b"")
@@ -270,10 +289,25 @@ def test_folder_without_images_is_named(tmp_path, folder):
 
 
 @pytest.mark.parametrize("named", [None, "elsewhere"])
-def test_folder_that_has_moved_is_asked_for_by_the_flag_that_all_scripts_have(folder, tmp_path, named):
-    args = {"dataset": str(folder), "data_dir": "", "image_size": None, "memory_limit": None, "skip_bad_images": False}
-    run = {"args": args, "data": load(folder).digest}
+def test_moved_folder_is_asked_for_with_data_dir(folder, tmp_path, named):
+    args = {"dataset": str(folder), "data_dir": "", "image_size": None, "background": "white"}
+    args |= {"memory_limit": None, "skip_bad_images": False}
+    run = {"args": args, "identity": {"images": load(folder).digest}}
     folder.rename(tmp_path / "moved")
     with pytest.raises(ValueError, match=f"{named or folder} is not there.*--data-dir"):
-        dataset_of(run, named)
-    assert len(dataset_of(run, str(tmp_path / "moved")).train_images) == 20
+        dataset_of(run, tmp_path, named)
+    assert len(dataset_of(run, tmp_path, str(tmp_path / "moved")).train_images) == 20
+
+
+def test_changed_folder_is_not_the_runs(folder, tmp_path):
+    args = {"dataset": str(folder), "data_dir": "", "image_size": None, "background": "white"}
+    args |= {"memory_limit": None, "skip_bad_images": False}
+    run = {"args": args, "identity": {"images": load(folder).digest}}
+    write_listing(load(folder), tmp_path)
+    (folder / "train" / "cat" / "0.png").unlink()
+    save(folder / "train" / "cat" / "new.png")
+    (folder / "test" / "dog" / "1.png").write_bytes((folder / "test" / "dog" / "2.png").read_bytes())
+    with pytest.raises(ValueError, match="not those that the run was trained on") as refused:
+        dataset_of(run, tmp_path)
+    found = "1 added (train/cat/new.png ...), 1 removed (train/cat/0.png ...), 1 changed (test/dog/1.png ...)"
+    assert str(refused.value).endswith(found)

@@ -4,9 +4,15 @@ Figures are drawn without a display, through matplotlib's Figure rather than pyp
 """
 
 import csv
-import itertools
+import io
+import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+
+from harness.cli import say
+from harness.data import chunks, to_pixels
+from harness.storage import whole_file
 
 import numpy as np
 import torch
@@ -15,9 +21,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from sklearn.decomposition import PCA
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.utils import make_grid
 
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a home folder that it cannot write to
 WIDTH = 1000  # dots that a picture of images takes, more or less
 ROWS = 8  # of originals, and of what was made of them
 SAMPLES = 20  # rows and columns that a picture of samples has at most
@@ -28,19 +35,87 @@ def images_per_row(width: int) -> int:
     return min(12, max(4, WIDTH // width))
 
 
-def save_reconstructions(path: Path, rows: dict[str, Tensor], title: str):
-    """Draw images (B, C, H, W) in [0, 1], as many under each name, those of the later names directly below the first's.
+@torch.inference_mode()
+def save_reconstructions(path: Path, model: nn.Module, images: Tensor, title: str):
+    """Draw the first of some images (N, C, H, W) uint8, each above its reconstruction.
 
-    Images that would make more than ROWS rows are left out.
+    With several levels of codes, what the decoder makes of each level's codes alone comes below.
     """
-    columns = images_per_row(next(iter(rows.values())).shape[-1])
-    groups = list(zip(*(images[: columns * (ROWS // len(rows))].split(columns) for images in rows.values())))
-    save_grid(path, list(itertools.chain(*groups)), title, list(rows) * len(groups))
+    columns, size = images_per_row(images.shape[-1]), images.shape[-2:]
+    levels = model.level_names if len(model.level_names) > 1 else ()
+    names = ["original", "reconstruction", *(f"{name} alone" for name in levels)]
+    shown = min(len(images), columns * (ROWS // len(names)))
+    was_training = model.training
+    model.eval()
+    rows = []
+    for chunk in chunks(shown, size):
+        x = to_pixels(images[chunk], model.mean.device)
+        indices = model.encode(x)
+        made = [x, model.decode(indices, size)]
+        for i in range(len(levels)):
+            made.append(model.decode([level if i == j else None for j, level in enumerate(indices)], size))
+        rows.append(torch.stack(made).cpu())
+    model.train(was_training)
+    groups = torch.cat(rows, 1).split(columns, 1)  # (names, columns, C, H, W) each
+    save_grid(path, [row for group in groups for row in group], title, names * len(groups))
 
 
-def save_samples(path: Path, rows: Sequence[Tensor], title: str):
-    """Draw rows of images (n, C, H, W) uint8, as far as the picture stays readable."""
-    save_grid(path, [row[:SAMPLES] for row in rows[:SAMPLES]], title)
+def save_samples(path: Path, rows: Sequence[Tensor], title: str, names: Sequence[str] = ()):
+    """Draw rows of images (n, C, H, W) uint8, as far as the picture stays readable, each with its name."""
+    save_grid(path, [row[:SAMPLES] for row in rows[:SAMPLES]], title, names[:SAMPLES])
+
+
+def save_codes(path: Path, model: nn.Module, names: list[str], images: list, indices: list, recon: list, title: str):
+    """Draw a row for each image (C, H, W) uint8: original, the codes of each level in colour, reconstruction, PSNR.
+
+    Args:
+        indices: (h, w) of each level, for each image.
+        recon: (C, H, W) in [0, 1].
+    """
+    levels = model.level_names
+    figure = Figure(figsize=(2.6 * (2 + len(levels)), 2.5 * len(images) + 0.6), dpi=100, layout="constrained")
+    axes = figure.subplots(len(images), 2 + len(levels), squeeze=False)
+    colors = [code_colors(level.quantizer.codebook.detach().cpu()) for level in model.levels]
+    for row, name, image, of_levels, made in zip(axes, names, images, indices, recon):
+        original = image.float() / 255
+        psnr = -10 * (made - original).square().mean().clamp(min=1e-12).log10().item()
+        show_image(row[0], original, shortened_text(name))
+        for ax, level, codes, of_level in zip(row[1:], levels, of_levels, colors):
+            show_codes(ax, codes, of_level, f"{level} codes, {codes.shape[0]}x{codes.shape[1]}".strip())
+        show_image(row[-1], made, f"reconstruction, {psnr:.1f} dB")
+    figure.suptitle(title, parse_math=False)
+    save_figure(figure, path)
+
+
+def show_image(ax: Axes, image: Tensor, title: str):
+    ax.imshow(image.expand(3, -1, -1).movedim(0, -1).numpy(), interpolation="nearest", vmin=0, vmax=1)
+    ax.set(xticks=[], yticks=[])
+    ax.set_title(title, fontsize=9, parse_math=False)
+
+
+def show_codes(ax: Axes, codes: Tensor, colors: np.ndarray, title: str):
+    """Draw indices (h, w) in the colours of their codes (K, 3), with their numbers where these are readable."""
+    shown = colors[codes.numpy()]
+    ax.imshow(shown, interpolation="nearest")
+    ax.set(xticks=[], yticks=[])
+    ax.set_title(title, fontsize=9)
+    if max(codes.shape) <= 10:
+        for (y, x), index in np.ndenumerate(codes.numpy()):
+            dark = shown[y, x] @ (0.299, 0.587, 0.114) < 0.5
+            ax.text(x, y, index, ha="center", va="center", fontsize=6, color="white" if dark else "black")
+
+
+def code_colors(codebook: Tensor) -> np.ndarray:
+    """Return a colour (K, 3) in [0, 1] for each code (K, D), alike for codes that are near one another (PCA)."""
+    codes = F.pad(codebook.float(), (0, max(0, 3 - codebook.shape[1]))).numpy()
+    if len(codes) < 3:
+        codes = np.concatenate([codes, np.zeros((3 - len(codes), codes.shape[1]))])
+    ranks = PCA(3, random_state=0).fit_transform(codes).argsort(0).argsort(0)[: len(codebook)]
+    return ranks / max(1, len(codes) - 1)
+
+
+def shortened_text(text: str, length: int = 28) -> str:
+    return text if len(text) <= length else f"...{text[3 - length :]}"
 
 
 def save_grid(path: Path, rows: list[Tensor], title: str, names: Sequence[str] = ()):
@@ -61,12 +136,12 @@ def save_grid(path: Path, rows: list[Tensor], title: str, names: Sequence[str] =
     ax.set_yticks(middles[: len(names)], names)
     ax.tick_params(length=0)
     figure.suptitle(title, y=1 - 0.05 / figure.get_figheight(), va="top", parse_math=False)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def save_curves(path: Path, metrics: Path, title: str):
     """Draw the training graph from metrics.csv: the losses, the test MSE and the codes used, of each level."""
-    with open(metrics, newline="") as file:
+    with open(metrics, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
 
     figure = Figure(figsize=(13, 3.8), dpi=110)
@@ -94,7 +169,7 @@ def save_curves(path: Path, metrics: Path, title: str):
         ax.grid(alpha=0.3)
         ax.legend()
     figure.suptitle(title, parse_math=False)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def plot_columns(ax: Axes, rows: list[dict], kind: str, **style):
@@ -104,11 +179,15 @@ def plot_columns(ax: Axes, rows: list[dict], kind: str, **style):
         ax.plot(*zip(*points), **{"label": name.replace("_", " "), **style})
 
 
-def save_codebooks(path: Path, names: list[str], codebooks: list, counts: list, z_e: list, title: str):
-    """Draw each level's embedding: codes (K, D) sized by their counts (K,), z_e (B, D, h, w) behind them, who is used.
+@torch.inference_mode()
+def save_codebooks(path: Path, model: nn.Module, images: Tensor, counts: list[Tensor], title: str):
+    """Draw each level's codes sized by their counts (K,), the encoder's outputs of some images, and who is used.
 
     Both are projected on the two directions in which the encoder's outputs vary most (PCA).
     """
+    z_e = model.z_e(to_pixels(images[chunks(len(images), images.shape[-2:])[0]], model.mean.device))
+    codebooks = [level.quantizer.codebook.detach() for level in model.levels]
+    names = [f"{name} " * bool(name) for name in model.level_names]
     height = 6 * len(names)  # inches
     figure = Figure(figsize=(13, height), dpi=110)
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.55 / height, top=1 - 0.75 / height, wspace=0.18)
@@ -116,7 +195,7 @@ def save_codebooks(path: Path, names: list[str], codebooks: list, counts: list, 
     for (plane, histogram), name, *level in zip(axes, names, codebooks, counts, z_e):
         draw_codebook(plane, histogram, name, *level)
     figure.suptitle(title, parse_math=False)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def draw_codebook(plane: Axes, histogram: Axes, name: str, codebook: Tensor, counts: Tensor, z_e: Tensor):
@@ -147,7 +226,7 @@ def draw_codebook(plane: Axes, histogram: Axes, name: str, codebook: Tensor, cou
 
 def save_prior_curves(path: Path, metrics: Path, best_step: int):
     """Draw the training graph of a prior from prior_metrics.csv."""
-    with open(metrics, newline="") as file:
+    with open(metrics, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     figure = Figure(figsize=(7, 4), dpi=110, layout="constrained")
     ax = figure.subplots()
@@ -157,4 +236,17 @@ def save_prior_curves(path: Path, metrics: Path, best_step: int):
     ax.set(title="cross-entropy of a code", xlabel="step", ylabel="nats per code")
     ax.grid(alpha=0.3)
     ax.legend()
-    figure.savefig(path)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path):
+    """Write a picture, or say why not: a run goes on without it."""
+    content = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fonts that lack a letter of the data set's name
+        figure.savefig(content, format="png")
+    try:
+        with whole_file(path) as file:
+            file.write(content.getbuffer())
+    except OSError as error:
+        say(f"cannot write a picture ({error}); going on without it", error=True)

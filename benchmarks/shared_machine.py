@@ -1,0 +1,76 @@
+"""Images per second of one training, and of two side by side on the same cores: `python benchmarks/shared_machine.py`.
+
+Claim: with a short spin a training alone is as fast as with libgomp's own, and two side by side
+are together nearly as fast as one alone.
+
+Between PyTorch's operations the OpenMP threads spin while they wait, which on a shared machine takes the core from the
+thread that they wait for. GOMP_SPINCOUNT says how often they look before they sleep: 300,000 times where it is not set.
+With more threads than cores in one training libgomp stops at 100. Each figure is from runs of train.py on the embedded
+digits, on the CPU, that are stopped after --seconds; points are measured in turns, and of their repeats the median is
+taken.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from machine import ROOT, heading, write_json
+
+BATCH_SIZE, EVERY = 32, 2  # images per step, steps between lines of the log
+WARM_UP = 10  # seconds, for the imports and the start of the codebook
+
+
+def images_per_second(spin_count: str, threads: int, args: argparse.Namespace) -> float:
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": spin_count}
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["--dataset=digits", f"--out-dir={folder}", "--steps=1000000", "--save-every=1000000"]
+        flags += [f"--log-every={EVERY}", "--device=cpu", f"--precision={args.precision}"]
+        command = [sys.executable, "-u", ROOT / "train.py", *flags]
+        times, began = [], time.perf_counter()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+            for line in process.stdout:
+                times += [time.perf_counter()] if line.startswith("step ") else []
+                if time.perf_counter() - began > args.seconds:
+                    break
+            process.kill()
+    return EVERY * BATCH_SIZE * sum(at - began > WARM_UP for at in times) / (args.seconds - WARM_UP)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=argparse.SUPPRESS)
+    parser.add_argument("--spin-counts", nargs="+", default=["300000", "10000", "1000", "0"])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 8], help="of each training")
+    parser.add_argument("--precision", default="auto", help="as train.py takes it")
+    parser.add_argument("--seconds", type=float, default=25, help=f"of a run; the first {WARM_UP} are not counted")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each point")
+    parser.add_argument("--out", type=Path, default=Path("results", "shared_machine.json"))
+    args = parser.parse_args()
+    machine = heading()
+    print(machine)
+    points = [(threads, spin_count) for threads in args.threads for spin_count in args.spin_counts]
+    alone, shared = {point: [] for point in points}, {point: [] for point in points}
+    for _ in range(args.repeats):
+        for threads, spin_count in points:
+            for count, measured in ((1, alone), (2, shared)):
+                with ThreadPoolExecutor(count) as pool:
+                    rates = list(pool.map(lambda _: images_per_second(spin_count, threads, args), range(count)))  # noqa: B023
+                measured[threads, spin_count].append(rates)
+    print("| threads | spin count | alone, images/s | two side by side | their sum / alone |")
+    print("|---|---|---|---|---|")
+    for threads, spin_count in points:
+        one = statistics.median(rate for (rate,) in alone[threads, spin_count])
+        two = sorted(shared[threads, spin_count], key=sum)[args.repeats // 2]
+        both = " + ".join(f"{rate:,.0f}" for rate in two)
+        print(f"| {threads} | {spin_count} | {one:,.0f} | {both} | {sum(two) / one:.0%} |", flush=True)
+    rows = [{"threads": p[0], "spin_count": p[1], "alone": alone[p], "shared": shared[p]} for p in points]
+    write_json(args.out, machine, args, rows)
+
+
+if __name__ == "__main__":
+    main()

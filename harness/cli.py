@@ -1,0 +1,92 @@
+"""What a user types and reads: types of flags, output that never stops a run, mistakes as one line."""
+
+import argparse
+import contextlib
+import math
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        description=description,
+        usage=argparse.SUPPRESS,  # an error is then one line
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+
+def number(kind: type, low: float, below: float = math.inf, above: bool = False):
+    """Return an argparse type: an int or a float in [low, below), or in (low, below) with `above`."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value < below or (above and value == low):
+            least = f"{'above' if above else 'at least'} {low}"
+            bound = f" and below {below}" if below < math.inf else ", and finite"
+            raise argparse.ArgumentTypeError(f"{text} must be {least}{bound}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it in its own messages
+    return parse
+
+
+def say(text: str, error: bool = False):
+    """Print a line at once. A closed pipe or a full disk behind the output drops it: it must not stop a run."""
+    stream = sys.stderr if error else sys.stdout
+    try:
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
+        print(text, file=stream, flush=True)
+    except (OSError, ValueError, AttributeError):
+        drop_output(error)
+
+
+def drop_output(error: bool):
+    """Send what follows to nowhere, or Python would fail on the same stream again when it ends."""
+    nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - stays open until Python ends
+    if error:
+        sys.stderr = nowhere
+    else:
+        sys.stdout = nowhere
+
+
+@contextlib.contextmanager
+def user_errors():
+    """Turn a mistake that the user can mend, a ValueError or OSError, into one line on stderr and exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        fail(str(error), code=2)
+    except dist.DistError:
+        fail("another process of this run has ended", code=1)
+    except KeyboardInterrupt:
+        fail("interrupted", code=130)
+
+
+def fail(message: str, code: int):
+    say(f"{Path(sys.argv[0]).name}: error: {message}", error=True)
+    sys.exit(code)
+
+
+def command(script: str, *words, start: str = "") -> str:
+    """Return the command that runs a script of the project from here, by default with this Python."""
+    path = Path(__file__).parents[1] / script
+    with contextlib.suppress(ValueError):  # Windows: on another drive than the working directory
+        path = os.path.relpath(path)
+    return f"{start or shlex.quote(sys.executable)} {shlex.join([str(path), *map(str, words)])}"
+
+
+def printable(name) -> str:
+    """Return a file's name as it can be shown: control characters and bytes that are no UTF-8 are escaped."""
+    text = str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shortened(names: Sequence[str]) -> str:
+    """Return the first five names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,411 @@
+"""Data sets as uint8 images, in memory or on disk, and batches whose order is a function of the seed and the step.
+
+Shapes: N images, B batch, C channels
+    images  (N, C, H, W) uint8      a tensor, or `ImageFiles` where they do not fit in memory
+    labels  (N,) int64              None where the images have none
+"""
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import math
+import signal
+import socket
+import zlib
+from collections.abc import Generator, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from harness.cli import number, printable, say
+from harness.folder import ImageFiles, Images, count_pixels, load_folder, resize_and_crop
+from harness.machine import cpu_count, from_rank_0, world_size
+from harness.storage import IMAGE_CACHE, write_whole
+
+import numpy as np
+import torch
+from PIL import ImageColor
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision import datasets
+from torchvision.datasets.utils import check_integrity
+from torchvision.transforms.functional import resize
+
+IDX = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "kmnist": datasets.KMNIST}
+NAMES = (*IDX, "cifar10", "digits")
+LISTING = "images.txt"  # the names and digests of a folder's images
+FIRST_PIXELS = 2**26  # most pixels of the images that `first_images` holds
+CHUNK_PIXELS = 2**19  # measured, encoded or drawn at once: the larger the images, the fewer of them
+# torchvision checks the archives that it downloads, never the files that it extracts from them.
+MNIST_MD5 = {
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
+
+
+class Dataset(NamedTuple):
+    name: str  # as the user typed it
+    train_images: Images
+    train_labels: Tensor | None
+    test_images: Images
+    test_labels: Tensor | None
+    mean: Tensor  # (C,) of the training images' pixels in [0, 1]
+    std: Tensor
+    class_names: list[str] | None
+    digest: str  # the same for the same images
+    files: list[str] | None = None  # of a folder: "name digest" of each image
+
+
+class Unavailable(ValueError):
+    """The data set is not on disk and cannot be downloaded."""
+
+
+def add_data_flags(parser: argparse.ArgumentParser):
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--dataset",
+        default="auto",
+        help=f"one of {', '.join(NAMES)}, or a folder of images, which may hold train/ and test/; "
+        "auto: mnist, or digits if it cannot be had",
+    )
+    group.add_argument("--data-dir", default="data", help="folder that data sets are kept in and downloaded to")
+    group.add_argument(
+        "--image-size", type=number(int, 1, 2**31), help="scale the short side to so many pixels, then crop the centre"
+    )
+    group.add_argument(
+        "--background", type=color, default="white", help="colour behind transparent images, by name or as #rrggbb"
+    )
+    group.add_argument(
+        "--flip", action=argparse.BooleanOptionalAction, default=False, help="mirror half of the training images"
+    )
+    group.add_argument(
+        "--skip-bad-images",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="leave out images that cannot be decoded",
+    )
+    group.add_argument(
+        "--memory-limit",
+        type=number(float, 0),
+        metavar="GB",
+        help="read a folder's images from disk while training if they take more; by default half of the free memory",
+    )
+
+
+def color(text: str) -> str:
+    """Return the name of a colour that Pillow knows; an argparse type."""
+    try:
+        ImageColor.getrgb(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text} is no colour; name one, such as white, or give it as #rrggbb"
+        ) from None
+    return text
+
+
+def load_training_data(args: argparse.Namespace, checkpoint: dict | None = None) -> Dataset:
+    """Load the data set of the flags; "auto" is MNIST, or else the embedded digits with a loud warning.
+
+    Rank 0 downloads, decodes and decides; the other ranks then load what it took.
+
+    Args:
+        checkpoint: of the run to go on with; with --resume its images must be the same.
+    """
+    leads, memory_limit = world_size() == 1 or torch.distributed.get_rank() == 0, args.memory_limit
+    if not leads:
+        args.dataset, in_memory = from_rank_0()
+        memory_limit = math.inf if in_memory else 0
+    options = (args.image_size, args.background, memory_limit, args.skip_bad_images, Path(args.out_dir, IMAGE_CACHE))
+    try:
+        data = load_dataset("mnist" if args.dataset == "auto" else args.dataset, args.data_dir, *options)
+    except Unavailable as error:
+        if args.dataset != "auto":
+            raise ValueError(f"{error}; copy its files into {args.data_dir}, or name another --dataset") from error
+        say(
+            f"\n*** WARNING: {error}.\n*** Training on scikit-learn's 1,797 digits instead. To train on MNIST, connect "
+            "to the network, or name\n*** the folder that holds MNIST/raw with --data-dir.\n",
+            error=True,
+        )
+        data = load_dataset("digits", image_size=args.image_size)
+    if args.dataset == "auto":
+        args.dataset = data.name
+    if leads:
+        from_rank_0((args.dataset, isinstance(data.train_images, Tensor)))
+    if checkpoint and args.resume is not None:
+        check_same(data, checkpoint, args.out_dir)
+    return data
+
+
+def load_dataset(
+    name: str,
+    data_dir: str | Path = "data",
+    image_size: int | None = None,
+    background: str = "white",
+    memory_limit: float | None = None,
+    skip_bad_images: bool = False,
+    cache: Path | None = None,
+    download: bool = True,
+) -> Dataset:
+    """Load a data set by name, downloading it into `data_dir` when it is missing, or a folder of images by its path.
+
+    Args:
+        image_size: scale the short side to this many pixels, and crop the centre. Without it all must share one size.
+        background: the colour behind transparent images of a folder.
+        memory_limit: in GB; a folder of more than this, uint8, is read from disk while training. None: half of what is
+            free.
+        skip_bad_images: leave out images of a folder that cannot be decoded.
+        cache: file that a folder's images, once decoded, are kept in until the folder changes.
+        download: whether a missing data set may be downloaded.
+
+    Raises:
+        Unavailable: it is neither in `data_dir` nor can it be downloaded.
+        ValueError: a file of it is truncated or corrupt; the message names the file.
+    """
+    if name not in NAMES:
+        if not Path(name).is_dir():
+            raise ValueError(f"--dataset {name} is neither a folder nor one of {', '.join(NAMES)}")
+        found = load_folder(Path(name), image_size, background, memory_limit, skip_bad_images, cache)
+        digest = hashlib.sha256("\n".join([str(len(found.train_images)), *found.files]).encode()).hexdigest()
+        splits = found.train_images, found.train_labels, found.test_images, found.test_labels
+        shown = printable(Path(name).as_posix())
+        return Dataset(shown, *splits, *channel_stats(found.counts), found.class_names, digest, found.files)
+    train, test, class_names = digits() if name == "digits" else torchvision_splits(name, data_dir, download)
+    if image_size is not None:
+        train, test = (  # in chunks: scaling takes several times their memory
+            (torch.cat([resize_and_crop(chunk, image_size) for chunk in images.split(1000)]), labels)
+            for images, labels in (train, test)
+        )
+    return Dataset(name, *train, *test, *channel_stats(count_pixels(train[0])), class_names, digest=name)
+
+
+def dataset_of(checkpoint: dict, folder: Path, data_dir: str | None = None) -> Dataset:
+    """Load the data set that the run in a folder was trained on, from `data_dir` if it is elsewhere now.
+
+    Raises:
+        ValueError: it cannot be loaded, or it has changed.
+    """
+    args = checkpoint["args"]
+    name = args["dataset"] if args["dataset"] in NAMES or data_dir is None else data_dir
+    if not (name in NAMES or Path(name).is_dir()):
+        raise ValueError(f"{name} is not there, and needs to be the run's folder of images; name it with --data-dir")
+    options = (args["image_size"], args["background"], args["memory_limit"], args["skip_bad_images"])
+    # Only a folder that the user names now is written to: the one in the file may be anybody's.
+    try:
+        data = load_dataset(name, data_dir or args["data_dir"], *options, folder / IMAGE_CACHE, data_dir is not None)
+    except Unavailable as error:
+        raise ValueError(f"{error}; name its folder with --data-dir") from error
+    check_same(data, checkpoint, folder)
+    return data
+
+
+def check_same(data: Dataset, checkpoint: dict, folder: str | Path):
+    """Raise ValueError unless these are the images that the run in a folder was trained on; say which differ."""
+    if data.digest == checkpoint["identity"]["images"]:
+        return
+    trained_on = checkpoint["args"]["dataset"]
+    message = f"the images of {data.name} are not those that the run was trained on, {trained_on}, as it was"
+    with contextlib.suppress(OSError, ValueError):
+        before = dict(line.rsplit(" ", 1) for line in Path(folder, LISTING).read_text(encoding="utf-8").splitlines())
+        now = dict(line.rsplit(" ", 1) for line in data.files or ())
+        changed = [name for name in now if name in before and now[name] != before[name]]
+        kinds = {
+            "added": [*(now.keys() - before.keys())],
+            "removed": [*(before.keys() - now.keys())],
+            "changed": changed,
+        }
+        found = [f"{len(names)} {kind} ({min(names)} ...)" for kind, names in kinds.items() if names]
+        message += f": {', '.join(found) or 'the split differs'}"
+    raise ValueError(message)
+
+
+def write_listing(data: Dataset, folder: Path):
+    """Write the names and digests of a folder's images, by which `check_same` says what has changed."""
+    if data.files:
+        write_whole(folder / LISTING, "\n".join([*data.files, ""]))
+
+
+def torchvision_splits(name: str, data_dir: str | Path, download: bool) -> tuple:
+    """Return the images and labels for training, those for testing, and the names of the classes."""
+    source = datasets.CIFAR10 if name == "cifar10" else IDX[name]
+    check_files(source, data_dir)
+    with network_timeout(30):
+        try:
+            loaded = [source(data_dir, download=download), source(data_dir, train=False)]
+        except Exception as error:  # no network, or files that are damaged and of which no checksum is known
+            check_files(source, data_dir, archives=True)
+            reason = " ".join(str(error).split()) or type(error).__name__
+            if all(path.is_file() for path, _, _ in known_files(source, Path(data_dir))):
+                raise damaged(name, source, data_dir, reason) from error
+            reason = f" and cannot be downloaded ({reason})" if download else ""
+            raise Unavailable(f"{name} is not in {data_dir}{reason}") from error
+    check_files(source, data_dir)
+    splits = []
+    for split in loaded:
+        images, labels = torch.as_tensor(split.data), torch.as_tensor(split.targets)  # (N, H, W), or (N, H, W, C)
+        if len(images) != len(labels) or labels.max() >= len(split.classes):
+            reason = f"{len(images)} images, {len(labels)} labels up to {labels.max()}"
+            raise damaged(name, source, data_dir, reason)
+        images = images[:, None] if images.ndim == 3 else images.movedim(-1, 1).contiguous()
+        splits.append((images, labels))
+    return *splits, [label.split(" - ")[0] for label in loaded[0].classes]  # MNIST's are "0 - zero", "1 - one", ...
+
+
+def damaged(name: str, source: type, data_dir: str | Path, reason: str) -> ValueError:
+    folder = Path(data_dir, getattr(source, "base_folder", source.__name__))
+    return ValueError(f"{name} in {data_dir} is damaged ({reason}); delete {folder}, and run again to download it")
+
+
+@contextlib.contextmanager
+def network_timeout(seconds: float):
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def check_files(source: type, data_dir: str | Path, archives: bool = False):
+    """Raise ValueError naming the first file of a data set that is truncated or corrupt; missing files are no error.
+
+    With `archives`, a damaged archive counts as well.
+    """
+    for path, archive, intact in known_files(source, Path(data_dir)):
+        broken = path if path.is_file() and not intact(path) else None
+        if archives and not path.is_file() and archive[0].is_file() and not check_integrity(*archive):
+            broken = archive[0]
+        if broken:
+            remedy = f"delete {path} and {archive[0]}, and run again to download them"
+            raise ValueError(f"{broken} is truncated or corrupt; {remedy}")
+
+
+def known_files(source: type, data_dir: Path) -> Iterator[tuple]:
+    """Yield each file of a data set, its archive with the archive's MD5, and a check of the file."""
+    if source is datasets.CIFAR10:
+        archive = data_dir / source.filename, source.tgz_md5
+        for name, md5 in source.train_list + source.test_list:
+            yield data_dir / source.base_folder / name, archive, functools.partial(check_integrity, md5=md5)
+        return
+    for name, md5 in source.resources:
+        archive = data_dir / source.__name__ / "raw" / name, md5
+        path = archive[0].with_suffix("")
+        if source is datasets.MNIST:
+            yield path, archive, functools.partial(check_integrity, md5=MNIST_MD5[path.name])
+        else:
+            yield path, archive, functools.partial(matches_archive, archive=archive)
+
+
+def matches_archive(path: Path, archive: tuple[Path, str]) -> bool:
+    """Compare a file's CRC-32 with that at the end of its gzip archive; without the archive, assume the best."""
+    if not check_integrity(*archive):
+        return True
+    return zlib.crc32(path.read_bytes()) == int.from_bytes(archive[0].read_bytes()[-8:-4], "little")
+
+
+def digits() -> tuple:
+    """Return scikit-learn's 1,797 digits of 8x8 pixels, resized to 28x28; the last 297 are the test set."""
+    source = load_digits()
+    images = torch.from_numpy(source.images[:, None] * (255 / 16)).float()  # (N, 1, 8, 8), 17 grey levels
+    images = resize(images, [28, 28], antialias=True).round().clamp(0, 255).to(torch.uint8)
+    labels = torch.from_numpy(source.target).long()
+    return (images[:1500], labels[:1500]), (images[1500:], labels[1500:]), [str(digit) for digit in range(10)]
+
+
+def channel_stats(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and standard deviation, (C,) float32, of pixels in [0, 1] of which each level is counted."""
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    share = counts / counts.sum(1, keepdim=True).double()
+    mean = share @ levels
+    std = (share * (levels - mean[:, None]).square()).sum(1).sqrt()
+    return mean.float(), std.clamp(min=1e-3).float()
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
+    """Return the order (n,) int64 in which an epoch visits n images."""
+    return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(n))
+
+
+def batch_indices(n: int, batch_size: int, seed: int, step: int) -> Tensor:
+    """Return which of n images make the batch of a step, counted from 0: (batch_size,) int64.
+
+    The epochs' orders follow one another without a gap, so that every image is visited once per epoch even where
+    the batch size does not divide n.
+    """
+    start, stop = step * batch_size, (step + 1) * batch_size
+    epochs = range(start // n, (stop - 1) // n + 1)
+    orders = [epoch_order(n, seed, e)[max(start - e * n, 0) : stop - e * n] for e in epochs]
+    return torch.cat(orders)
+
+
+def chunks(count: int, image_size: tuple[int, int], most: int = 100) -> tuple[Tensor, ...]:
+    """Return the indices of `count` images of (H, W) pixels in batches of `most`, or of fewer large ones."""
+    return torch.arange(count).split(max(1, min(most, CHUNK_PIXELS // math.prod(image_size))))
+
+
+def first_images(images: Images, count: int) -> Tensor:
+    """Return the first images, at most `count` and fewer of large ones, (n, C, H, W) uint8 on the CPU."""
+    size = images.shape[-2:]
+    shown = min(count, len(images), max(1, FIRST_PIXELS // math.prod(size)))
+    return torch.cat(list(batches(images, chunks(shown, size), torch.device("cpu"))))
+
+
+def batches(images: Images, order: Iterable[Tensor], device: torch.device) -> Generator[Tensor, None, None]:
+    """Yield, for each of `order`'s indices (B,), these images (B, C, H, W) uint8 on a device.
+
+    Those on disk are decoded ahead of time by worker processes.
+
+    Raises:
+        OSError: one of them cannot be read or decoded.
+    """
+    if isinstance(images, ImageFiles):
+        loader = DataLoader(
+            images,
+            batch_sampler=(indices.tolist() for indices in order),
+            num_workers=min(8, cpu_count()),
+            worker_init_fn=ignore_signals,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # not the global one, whose state is the run's
+        )
+        workers = iter(loader)
+        try:
+            for batch in workers:
+                yield batch.to(device, non_blocking=True)
+        except (ValueError, RuntimeError) as error:  # with the traceback of the worker, or of its death
+            raise OSError(str(error).splitlines()[-1].removeprefix("ValueError: ")) from error
+        finally:
+            workers._shutdown_workers()  # an error's traceback would keep them
+            for worker in workers._workers:
+                worker.kill()  # workers ignore SIGTERM, so kill any that are still running
+    else:
+        if device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+            images = images.to(device)
+        ahead = device.type == "cuda"  # the host does not wait until the GPU has done what it was told before
+        for indices in order:
+            yield images[indices.to(images.device, non_blocking=ahead)].to(device, non_blocking=ahead)
+
+
+def ignore_signals(_worker: int):
+    """Leave signals, which reach all processes of a job, to the process that trains."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def to_pixels(images: Tensor, device: torch.device) -> Tensor:
+    """Turn uint8 images into float32 pixels in [0, 1] on a device, in the memory layout convolutions prefer."""
+    return images.to(device).float().div_(255).contiguous(memory_format=torch.channels_last)
+
+
+def random_flip(x: Tensor, batch: int, seed: int, step: int) -> Tensor:
+    """Mirror each of a rank's images (B, C, H, W) with probability 1/2, a function of seed and step.
+
+    Args:
+        batch: how many images the step has over all ranks.
+    """
+    mirrored = torch.from_numpy(np.random.default_rng((seed, step, 1)).random(batch) < 0.5)
+    mirrored = mirrored.tensor_split(world_size())[torch.distributed.get_rank() if world_size() > 1 else 0]
+    return torch.where(mirrored.to(x.device)[:, None, None, None], x.flip(-1), x)

@@ -1,0 +1,414 @@
+"""A folder of images as uint8 tensors: decoded once and kept, or read while training if they exceed the memory.
+
+Shapes: N images, C channels
+    images  (N, C, H, W) uint8
+    labels  (N,) int64
+"""
+
+import contextlib
+import hashlib
+import io
+import math
+import os
+import stat
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from harness.cli import printable, say, shortened
+from harness.machine import free_memory
+from harness.storage import is_run_folder, read_state, write_state
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageColor, ImageOps
+from torch import Tensor
+from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
+from tqdm import tqdm
+
+AHEAD = 16  # images decoded ahead of the one that is asked for
+DECODER = 2  # raise it if `decode` gives other pixels than before: kept images are then decoded anew
+ENDINGS = (".png", ".apng", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+# Whatever a file is called: Pillow would hand an EPS file to Ghostscript.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM")
+GREY_MODES = ("1", "L", "LA", "La", "F", "I", "I;16", "I;16B", "I;16L")
+
+
+class ImageFiles(torch.utils.data.Dataset):
+    """Images on disk, each decoded to (C, H, W) uint8 when asked for; `shape` is that of the tensor of all."""
+
+    def __init__(self, paths: list[Path], shape: tuple[int, int, int], image_size: int | None, background: str):
+        self.paths, self.image_size, self.background = paths, image_size, background
+        self.shape = (len(paths), *shape)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        path = self.paths[index]
+        try:
+            with pillow_warnings():
+                image = decode(path, self.shape[1], self.image_size, self.background)
+        except Exception as error:
+            raise ValueError(f"{printable(path)} cannot be decoded any more ({reason_of(error)})") from error
+        if image.shape != self.shape[1:]:
+            raise ValueError(f"{printable(path)} has changed its size to {image.shape[2]}x{image.shape[1]} pixels")
+        return image
+
+
+Images = Tensor | ImageFiles
+
+
+class Folder(NamedTuple):
+    """What `load_folder` returns; labels and class names are None where the images lie in no class folders."""
+
+    train_images: Images
+    train_labels: Tensor | None
+    test_images: Images
+    test_labels: Tensor | None
+    class_names: list[str] | None
+    counts: Tensor  # `count_pixels` of the training images
+    files: list[str]  # "name digest" of each image, in order; the digest is that of the file's content
+
+
+def load_folder(
+    folder: Path,
+    image_size: int | None = None,
+    background: str = "white",
+    memory_limit: float | None = None,
+    skip_bad_images: bool = False,
+    cache: Path | None = None,
+) -> Folder:
+    """Load a folder of images, which may have train/ and test/, and in them a folder per class.
+
+    Without test/, a tenth of the images is the test set, always the same. Folders of runs in it are left out.
+
+    Args:
+        As of `data.load_dataset`.
+
+    Raises:
+        ValueError: there are no images, or some cannot be decoded, or they differ in size.
+    """
+    files, n_train, class_names, labels = list_images(folder)
+    limit = free_memory() / 2 if memory_limit is None else memory_limit * 1e9
+    decoded = decode_folder(folder, files, n_train, image_size, background, limit, cache)
+    bad = [f"{printable(files[i].relative_to(folder))} ({reason})" for i, reason in decoded["bad"].items()]
+    if bad and not skip_bad_images:
+        raise ValueError(
+            f"{len(bad)} of the {len(files)} images in {printable(folder)} cannot be decoded: {shortened(bad)}; "
+            "mend or delete them, or leave them out with --skip-bad-images"
+        )
+    good = [i for i in range(len(files)) if i not in decoded["bad"]]
+    n_train = sum(i < n_train for i in good)
+    if not 0 < n_train < len(good):
+        raise ValueError(
+            f"{printable(folder)} holds {len(good)} good images, {n_train} of them to train on; needs some to test on"
+        )
+    if bad:
+        say(f"left out {len(bad)} images that cannot be decoded: {shortened(bad)}", error=True)
+
+    if decoded["images"] is None:
+        split = [[files[i] for i in part] for part in (good[:n_train], good[n_train:])]
+        train, test = (ImageFiles(part, decoded["shape"], image_size, background) for part in split)
+    else:
+        train, test = decoded["images"][:n_train], decoded["images"][n_train:]
+    names = [printable(files[i].relative_to(folder).as_posix()) for i in good]
+    listing = [f"{name} {digest}" for name, digest in zip(names, decoded["digests"])]
+    train_labels, test_labels = (None, None) if labels is None else labels[good].tensor_split([n_train])
+    return Folder(train, train_labels, test, test_labels, class_names, decoded["counts"], listing)
+
+
+# Which files
+
+
+def list_images(folder: Path) -> tuple[list[Path], int, list[str] | None, Tensor | None]:
+    """Return a folder's images, those of the training set first, how many these are, the class names and all labels."""
+    separate = (folder / "test").is_dir()
+    train_root = folder / "train" if (folder / "train").is_dir() else folder
+    test_root = folder / "test" if separate else train_root
+    if separate and train_root == folder:
+        raise ValueError(f"{folder} has a folder test/ but no train/; move its other images to {folder / 'train'}")
+    test = walk(test_root)
+    # Shuffled, so that the first of the test images, which are drawn, are of all classes.
+    test = [test[i] for i in np.random.default_rng(0).permutation(len(test))]
+    share = max(1, len(test) // 10)
+    test, train = (test, walk(train_root)) if separate else (test[:share], test[share:])
+
+    inside = [path.relative_to(root) for root, part in ((train_root, train), (test_root, test)) for path in part]
+    if any(len(path.parts) == 1 for path in inside):
+        return train + test, len(train), None, None
+    classes = sorted({path.parts[0] for path in inside})
+    number = {name: i for i, name in enumerate(classes)}
+    labels = torch.tensor([number[path.parts[0]] for path in inside])
+    return train + test, len(train), [printable(name) for name in classes], labels
+
+
+def walk(root: Path) -> list[Path]:
+    """Return the images in a folder and the folders in it, sorted; runs and what is hidden are left out.
+
+    Raises:
+        ValueError: there are none, or a folder cannot be read.
+    """
+
+    def refuse(error: OSError):
+        raise ValueError(f"the folder {printable(error.filename)} cannot be read ({error.strerror})") from error
+
+    paths, seen = [], set()
+    for parent, folders, names in os.walk(root, onerror=refuse, followlinks=True):
+        seen.add(os.path.realpath(parent))
+        if is_run_folder(Path(parent)):
+            folders.clear()
+            continue
+        paths += [Path(parent, name) for name in names if not name.startswith(".")]
+        inner = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in inner if os.path.realpath(Path(parent, name)) not in seen]  # links may circle
+    images = sorted(path for path in paths if path.suffix.lower() in ENDINGS and not is_special(path))
+    if not images:
+        raise ValueError(f"{printable(root)} holds no images ({', '.join(ENDINGS)})")
+    return images
+
+
+def is_special(path: Path) -> bool:
+    """Return whether a path is there but is no regular file: a pipe would be waited for."""
+    with contextlib.suppress(OSError):
+        return not stat.S_ISREG(path.stat().st_mode)
+    return False  # a broken link is a bad image, and named
+
+
+# All images, once
+
+
+def decode_folder(
+    folder: Path,
+    files: list[Path],
+    n_train: int,
+    image_size: int | None,
+    background: str,
+    limit: float,
+    cache: Path | None,
+) -> dict:
+    """Decode all images once, and keep them if they take no more than `limit` bytes.
+
+    Returns:
+        images: those that can be decoded, or None where they exceed the limit.
+        shape: (C, H, W) of each; one channel if all are grey.
+        bad: for each of `files` that cannot be decoded, by its number, the reason.
+        counts: (C, 256), how often each channel of the training images has each level.
+        digests: of the content of each file that can be decoded.
+        key: what the kept images are valid for: the folder and the decoder as they are now.
+    """
+    key = [DECODER, str(folder.resolve()), image_size, background, n_train, times_digest(folder, files)]
+    if (kept := kept_images(cache, key, len(files), limit)) is not None:
+        return kept
+
+    with pillow_warnings():
+        headers = dict(enumerate(attempts(lambda path: read_header(path, background), files, "reading sizes")))
+        bad = {i: header for i, header in headers.items() if isinstance(header, str)}
+        good = {i: header for i, header in headers.items() if i not in bad}
+        shape = common_shape(files, good, bad, image_size, background)
+        keep = len(files) * math.prod(shape) <= limit
+
+        def measure(path: Path) -> tuple[Tensor | None, Tensor, str]:
+            content = path.read_bytes()
+            image = decode(io.BytesIO(content), shape[0], image_size, background)
+            if image.shape != shape:
+                raise ValueError(f"it has {image.shape[2]}x{image.shape[1]} pixels, the others {shape[2]}x{shape[1]}")
+            digest = hashlib.sha256(content).hexdigest()[:16]
+            return (image if keep else None), count_pixels(image[None]), digest
+
+        images = torch.empty(len(files) if keep else 0, *shape, dtype=torch.uint8)
+        counts, digests = torch.zeros(shape[0], 256, dtype=torch.int64), []
+        candidates = [i for i in range(len(files)) if i not in bad]
+        for i, result in zip(candidates, attempts(measure, [files[i] for i in candidates], "decoding")):
+            if isinstance(result, str):
+                bad[i] = result
+                continue
+            image, levels, digest = result
+            if keep:
+                images[len(digests)] = image
+            digests.append(digest)
+            if i < n_train:
+                counts += levels
+
+    images = images[: len(digests)] if keep else None
+    decoded = {"images": images, "shape": shape, "bad": bad, "counts": counts, "digests": digests, "key": key}
+    if cache and not bad:  # what could not be decoded is tried again
+        try:
+            write_state(cache, decoded)
+        except OSError as error:
+            say(f"cannot keep the decoded images for the next run ({error})", error=True)
+    return decoded
+
+
+def kept_images(cache: Path | None, key: list, count: int, limit: float) -> dict | None:
+    """Return what an earlier run decoded, or None if that was something else, or is wrong in any way."""
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+        decoded, _ = read_state(cache, mmap=True)
+        in_memory = count * math.prod(decoded["shape"]) <= limit
+        images = decoded["images"].shape if in_memory else decoded["images"]
+        wanted = (count, *decoded["shape"]) if in_memory else None
+        lengths = len(decoded["digests"]), tuple(decoded["counts"].shape)
+        if decoded["key"] == key and images == wanted and lengths == (count, (decoded["shape"][0], 256)):
+            return decoded
+    return None
+
+
+def times_digest(folder: Path, files: list[Path]) -> str:
+    """Return a digest of the files' names, sizes and times of change, in order: their content stays unread."""
+    digest = hashlib.sha256()
+    for path in files:
+        size, changed = (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else (0, 0)
+        digest.update(os.fsencode(f"{path.relative_to(folder)}\0{size}\0{changed}\0"))
+    return digest.hexdigest()
+
+
+def attempts(function: Callable, paths: list[Path], what: str) -> Iterator:
+    """Yield function(path) for each path in order, or why it failed, a str; in threads, with a progress bar."""
+
+    def attempt(path):
+        try:
+            return function(path)
+        except Exception as error:  # damaged files surface as almost any exception
+            return reason_of(error)
+
+    with ThreadPoolExecutor() as pool, tqdm(total=len(paths), desc=what, unit=" images", disable=None) as bar:
+        waiting = deque()  # few: results wait in memory until it is their turn
+        for path in [*paths, *[None] * AHEAD]:
+            if path is not None:
+                waiting.append(pool.submit(attempt, path))
+            if waiting and (path is None or len(waiting) > AHEAD):
+                bar.update()
+                yield waiting.popleft().result()
+
+
+def common_shape(
+    files: list[Path], headers: dict, bad: dict, image_size: int | None, background: str
+) -> tuple[int, int, int]:
+    """Return (C, H, W) of all images from their headers, adding to `bad` those that differ because they are broken."""
+    if not headers:
+        found = [f"{printable(files[i])} ({reason})" for i, reason in bad.items()]
+        raise ValueError(f"none of the images can be decoded: {shortened(found)}")
+    channels = 1 if all(grey for _, _, grey in headers.values()) else 3
+    if image_size is not None:
+        return channels, image_size, image_size
+    sizes = Counter((height, width) for height, width, _ in headers.values())
+    height, width = sizes.most_common(1)[0][0]
+    odd = [i for i, header in headers.items() if header[:2] != (height, width)]
+    again = attempts(
+        lambda path: decode(path, channels, None, background), [files[i] for i in odd], "reading odd sizes"
+    )
+    bad |= {i: result for i, result in zip(odd, again) if isinstance(result, str)}
+    sizes = Counter(header[:2] for i, header in headers.items() if i not in bad)
+    if len(sizes) > 1:
+        found = [f"{width}x{height} ({n:,} images)" for (height, width), n in sizes.most_common()]
+        raise ValueError(f"the images differ in size: {shortened(found)}; give one with --image-size")
+    return channels, height, width
+
+
+# One image
+
+
+def read_header(path: Path, background: str) -> tuple[int, int, bool]:
+    """Return an image's height and width, and whether it is grey."""
+    with Image.open(path, formats=FORMATS) as image:
+        width, height = image.size
+        # A square stays as it is when turned, and of a PNG the pixels would have to be read to know.
+        turned = width != height and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        grey = image.mode in GREY_MODES and (is_grey(background) or not image.has_transparency_data)
+    return (width, height, grey) if turned else (height, width, grey)
+
+
+def decode(source: Path | io.BytesIO, channels: int, image_size: int | None, background: str = "white") -> Tensor:
+    """Return an image, or the first of an animation, as (C, H, W) uint8, over a background where it is transparent.
+
+    16 bits of grey keep their order and scale: 65,535 becomes 255. Floating-point pixels must lie in [0, 1].
+
+    Raises:
+        ValueError, OSError: it is damaged, not of a format or kind that people train on, or too large.
+    """
+    with Image.open(source, formats=FORMATS) as opened:
+        image = ImageOps.exif_transpose(opened)  # as its camera was held
+        if image.mode == "F" or image.mode.startswith("I"):
+            image = to_8_bits(image, opened.format)
+        elif image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, ImageColor.getrgb(background)), image)
+        image = image.convert("L" if channels == 1 else "RGB")
+    return pil_to_tensor(image if image_size is None else resize_and_crop(image, image_size))
+
+
+def to_8_bits(image: Image.Image, kind: str | None) -> Image.Image:
+    values = np.asarray(image)
+    if image.mode == "F":
+        highest, what = 1.0, "floating-point numbers"
+    elif image.mode == "I" and kind == "TIFF":
+        raise ValueError("its pixels are 32-bit integers, whose scale is unknown; convert it to 8 or 16 bits")
+    else:
+        highest, what = 65535, "16-bit numbers"
+    if not (values.min() >= 0 and values.max() <= highest):  # NaN neither
+        raise ValueError(f"its pixels are {what} from {values.min()} to {values.max()}, not from 0 to {highest:g}")
+    return Image.fromarray((values * (255 / highest)).round().astype(np.uint8))
+
+
+def is_grey(color: str) -> bool:
+    return len(set(ImageColor.getrgb(color)[:3])) == 1
+
+
+@contextlib.contextmanager
+def pillow_warnings():
+    """Make a decompression bomb an error, and keep Pillow's other warnings from the user."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+def reason_of(error: Exception) -> str:
+    """Return an exception's message on one line, without the memory addresses of Pillow's buffers."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return "not an image, or one of a kind that is not read here" if "_io.BytesIO object" in text else printable(text)
+
+
+def resize_and_crop(image, size: int | tuple[int, int]):
+    """Scale an image, PIL's or (..., H, W) uint8, until it just covers `size`, and crop the centre.
+
+    Args:
+        size: of the result, (H, W), or one number for both.
+    """
+    if isinstance(size, int):
+        return center_crop(resize(image, size, antialias=True), size)
+    height, width = image.shape[-2:]
+    scale = max(size[0] / height, size[1] / width)
+    covering = [max(size[0], round(height * scale)), max(size[1], round(width * scale))]
+    return center_crop(resize(image, covering, antialias=True), size)
+
+
+def count_pixels(images: Tensor) -> Tensor:
+    """Count how often each channel has each of the 256 levels: (C, 256)."""
+    return torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)])
+
+
+def read_images(
+    paths: list[Path], channels: int, size: tuple[int, int] | None, background: str
+) -> tuple[list[Tensor], int]:
+    """Read images (C, H, W) uint8, by default at their own size, and say how many had to change to be of `size`.
+
+    Raises:
+        ValueError: one of them is missing or cannot be decoded.
+    """
+    images, resized = [], 0
+    with pillow_warnings():
+        for path in paths:
+            try:
+                image = decode(path, channels, None, background)
+            except FileNotFoundError:
+                raise ValueError(f"{printable(path)} is not there") from None
+            except Exception as error:  # damaged files surface as almost any exception
+                raise ValueError(f"{printable(path)} cannot be decoded ({reason_of(error)})") from error
+            if size and image.shape[1:] != size:
+                image, resized = resize_and_crop(image, size), resized + 1
+            images.append(image)
+    return images, resized

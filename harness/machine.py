@@ -1,0 +1,121 @@
+"""What the machine at hand has and does: device, precision, memory, processors, ranks."""
+
+import atexit
+import contextlib
+import datetime
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import nn
+
+CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # bytes
+
+
+def pick_device(device: str = "auto", precision: str = "auto", compile: bool = False) -> tuple[torch.device, str]:
+    """Choose the fastest device, and bfloat16 if it has hardware for it; under torchrun, one GPU per rank.
+
+    Raises:
+        ValueError: the machine lacks the device, or the C++ compiler that `compile` needs.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        device = next(name for name in available if available[name])
+    if not available[device]:
+        raise ValueError(
+            f"--device {device}: this machine has {', '.join(name for name in available if available[name])}"
+        )
+    if device == "cuda":
+        index = int(os.environ.get("LOCAL_RANK", 0))
+        if index >= torch.cuda.device_count():
+            raise ValueError(f"process {index} of this machine has no GPU of its own; start fewer, or use --device cpu")
+        torch.cuda.set_device(index)
+        fast_bfloat16 = torch.cuda.get_device_capability() >= (8, 0)
+    elif device == "cpu":  # a processor that emulates bfloat16 is slower with it than in float32
+        capabilities = torch.cpu.get_capabilities()
+        fast_bfloat16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    else:
+        fast_bfloat16 = False
+    variable, compiler = {"cpu": ("CXX", "g++")}.get(device, ("CC", "gcc"))
+    if compile and not shutil.which(os.environ.get(variable, compiler)):
+        raise ValueError(f"--compile needs a compiler: install {compiler}, name another by {variable}, or leave it out")
+    if precision == "auto":
+        precision = "bfloat16" if fast_bfloat16 else "float32"
+    return torch.device(device), precision
+
+
+def container_limit() -> float:
+    """Return the bytes of memory that a container may use, infinite outside of one."""
+    for path in CONTAINER_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # no such file, or it says "max"
+            return int(path.read_text(encoding="utf-8"))
+    return math.inf
+
+
+def free_memory() -> float:
+    """Return the bytes of memory that can still be used."""
+    return min(psutil.virtual_memory().available, container_limit())
+
+
+def check_memory(make_model: Callable[[], nn.Module], device: torch.device):
+    """Raise ValueError if a model's weights, gradients and two moments per weight exceed the memory."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+    else:
+        total = min(psutil.virtual_memory().total, container_limit())
+    try:
+        with torch.device("meta"):  # shapes without memory
+            needed = 4 * 4 * sum(value.numel() for value in make_model().state_dict().values())
+    except RuntimeError:  # more elements than an int64 counts
+        needed = math.inf
+    if needed > total:
+        raise ValueError(
+            f"training this model takes {needed / 1e9:,.0f} GB or more, but the memory has {total / 1e9:,.0f}; "
+            "make it smaller with the flags that --help lists under model"
+        )
+
+
+def cpu_count() -> int:
+    """Return how many processors this process may use; a container or taskset may allow fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def world_size() -> int:
+    """Return how many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def join_ranks(device: torch.device) -> int:
+    """Join the other processes if torchrun started this one; return this one's rank."""
+    if not dist.is_torchelastic_launched():
+        return 0
+    store, rank, ranks = next(dist.rendezvous("env://"))
+    if os.environ["GROUP_WORLD_SIZE"] == "1":  # after a restart the store still holds the addresses of the dead
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    patience = datetime.timedelta(hours=2)  # rank 0 may have a million images to decode
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=patience)
+    atexit.register(dist.destroy_process_group)  # else its threads outlive the interpreter and may abort it
+    return rank
+
+
+def check_equal_on_ranks(value, what: str):
+    """Raise ValueError on every rank unless all have the same value."""
+    if world_size() > 1:
+        values = [None] * world_size()
+        dist.all_gather_object(values, value)
+        if any(other != value for other in values):
+            raise ValueError(f"the processes differ in {what}: {', '.join(map(str, values))}; give all the same")
+
+
+def from_rank_0(value=None):
+    """Return rank 0's value on every rank; the others wait until rank 0 gets here."""
+    box = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,527 @@
+"""A training run: its flags, its steps, its stops, and how it goes on.
+
+A batch is a function of (seed, step), and all other state is in the checkpoint. Hence a run that was stopped at any
+step and goes on ends with the same weights, bit for bit on a CPU, as one that never stopped.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from harness import storage
+from harness.cli import command, fail, number, say, user_errors
+from harness.data import NAMES, batch_indices, batches
+from harness.folder import Images
+from harness.machine import check_equal_on_ranks, from_rank_0, join_ranks, pick_device, world_size
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+FOLDER_OPTION = {storage.CHECKPOINT: "out_dir", storage.PRIOR: "run"}  # which flag names the folder
+METRICS = {storage.CHECKPOINT: "metrics.csv", storage.PRIOR: "prior_metrics.csv"}
+TENSORBOARD = {storage.CHECKPOINT: "tensorboard", storage.PRIOR: "prior_tensorboard"}
+SUMMARY = {storage.CHECKPOINT: "summary.json", storage.PRIOR: "prior_summary.json"}
+FILES = {storage.CHECKPOINT: storage.RUN_FILES, storage.PRIOR: storage.PRIOR_FILES}
+LEARNING_RATES = ("lr", "codebook_lr", "embedding_lr")
+RESUME_MAY_CHANGE = {
+    "steps",
+    "save_every",
+    "log_every",
+    "data_dir",
+    "device",
+    "precision",
+    "memory_limit",
+    "compile",
+    "tensorboard",
+}
+RESUME_MAY_CHANGE |= {"resume", "fresh", *LEARNING_RATES}
+LOST_RANK = re.compile("gloo|nccl|peer|connection|socket", re.IGNORECASE)  # in what torch raises where one has died
+FIRST_LINE = 5  # seconds of training after which a line says how long the rest will take
+
+
+def add_run_flags(parser: argparse.ArgumentParser, steps: int, batch_size: int):
+    """Add the flags of any training run, with the defaults of its length."""
+    positive, switch = number(int, 1, 2**31), argparse.BooleanOptionalAction
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--steps", type=positive, default=steps, help="training steps; the learning rate falls to 0 there"
+    )
+    group.add_argument("--batch-size", type=positive, default=batch_size, help="images per step over all processes")
+    group.add_argument("--seed", type=number(int, 0, 2**63), default=0, help="seed of weights, batches and samples")
+    group.add_argument("--fresh", action="store_true", help="start anew where the same command would go on")
+    group.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="folder of a run to go on with by its own flags; some may change, such as --steps and the learning rates",
+    )
+    group.add_argument("--save-every", type=positive, default=1000, help="steps between pictures and checkpoints")
+    group.add_argument("--log-every", type=positive, default=100, help="steps between lines of metrics")
+    group.add_argument("--tensorboard", action=switch, default=False, help="also write the metrics for TensorBoard")
+    group.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="auto: the fastest")
+    group.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of the network; auto: bfloat16 if the hardware computes in it",
+    )
+    group.add_argument("--compile", action=switch, default=False, help="compile the network; of no use on a CPU")
+
+
+def parse_run_args(parser: argparse.ArgumentParser, argv: list[str] | None, name: str) -> argparse.Namespace:
+    """Parse the flags of a run. With --resume the run's own arguments are the defaults, and few may differ."""
+    args = parser.parse_args(argv)
+    if args.resume is None:
+        return args
+    if args.fresh:
+        parser.error("--fresh starts anew and --resume goes on; leave out one of them")
+    try:
+        checkpoint = storage.load_checkpoint(args.resume, name)
+    except ValueError as error:
+        parser.error(str(error))
+    saved = checkpoint["args"] | {FOLDER_OPTION[name]: args.resume, "resume": args.resume}
+    parser.set_defaults(**saved)
+    args = parser.parse_args(argv)
+    for option, value in saved.items():
+        moved = option == "dataset" and value not in NAMES  # a folder, whose images must be the same
+        if not (option in RESUME_MAY_CHANGE or moved or getattr(args, option) == value):
+            flag = flag_of(option)
+            parser.error(
+                f"{flag} is {getattr(args, option)}, but the run in {args.resume} has {value}; leave out {flag}"
+            )
+    if finished(args.resume, name, checkpoint["progress"], args.steps):
+        parser.error(
+            f"the run in {args.resume} has done its {checkpoint['progress']['step']} steps; give more with --steps"
+        )
+    return args
+
+
+def flag_of(option: str) -> str:
+    return "--" + option.replace("_", "-")
+
+
+def finished(folder: str | Path, name: str, progress: dict, steps: int) -> bool:
+    """Return whether a run has done its steps and written its summary, or has none to write."""
+    if progress["step"] != steps or not progress["reports"]:
+        return progress["step"] >= steps
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # that of fewer steps may still be there
+        return json.loads(Path(folder, SUMMARY[name]).read_text(encoding="utf-8"))["steps"] == steps
+    return False
+
+
+class Means:
+    """Means over steps, and over all ranks, of named tensors; nothing waits for the device before `compute`."""
+
+    def __init__(self):
+        self.steps, self.sums = 0, {}
+
+    def add(self, share: float, **values: Tensor):
+        """Add a step's values; `share` is this rank's share of the batch."""
+        self.steps += 1
+        for name, value in values.items():
+            value = value.detach() * share
+            self.sums[name] = self.sums[name].to(value.device) + value if name in self.sums else value
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the means since the last `reset`, on the CPU. All ranks call it; the result is rank 0's.
+
+        Raises:
+            FloatingPointError: one of them is NaN or infinite.
+        """
+        return {name: total / self.steps for name, total in self.state_dict()["sums"].items()}
+
+    def reset(self):
+        self.steps, self.sums = 0, {}
+
+    def state_dict(self) -> dict:
+        """Bring the sums of all ranks to rank 0, and return them."""
+        for total in self.sums.values():
+            if world_size() > 1:
+                dist.all_reduce(total)
+            if not total.isfinite().all():
+                raise FloatingPointError("a loss is NaN or infinite; lower the learning rate")
+            if world_size() > 1 and dist.get_rank() > 0:
+                total.zero_()
+        return {"steps": self.steps, "sums": {name: total.cpu() for name, total in self.sums.items()}}
+
+    def load_state_dict(self, state: dict):
+        self.steps = state["steps"]
+        first = world_size() == 1 or dist.get_rank() == 0
+        self.sums = {name: total if first else torch.zeros_like(total) for name, total in state["sums"].items()}
+
+
+class Run:
+    """A run of train.py or train_prior.py in a folder of its own, on one process or several.
+
+    Use, in this order: `Run(args, name)`, `begin`, `keep`, `parallel`, then inside `with run:` the loop over `steps`.
+
+    Attributes:
+        args: the flags, with "auto" replaced by what was chosen.
+        folder, device, rank, world_size: where it writes, where it computes, which process this is, of how many.
+        step: training steps done, the one at hand included.
+        unreported: whether the process died between a checkpoint and the measurements and pictures of that step.
+    """
+
+    def __init__(self, args: argparse.Namespace, name: str):
+        """Choose the device, join the other processes, lock the folder, and look for an unfinished run in it.
+
+        Raises:
+            ValueError, OSError: a flag asks for what is not there, or another run writes into the folder.
+        """
+        self.args, self.name, self.typed = args, name, dict(vars(args))
+        self.folder = storage.writable_folder(self.typed[FOLDER_OPTION[name]])
+        self.device, args.precision = pick_device(args.device, args.precision, args.compile)
+        self.rank, self.world_size = join_ranks(self.device), world_size()
+        for option, value in self.typed.items():
+            check_equal_on_ranks(value, flag_of(option))
+        self.lock = storage.lock_folder(self.folder) if self.rank == 0 else None
+        from_rank_0()  # nobody reads the folder before it is locked
+        self.code = storage.code_digest()
+        self.checkpoint, self.reason = self._find_checkpoint()
+        self.step, self.logged, self.saved, self.unreported = 0, 0, None, False
+        self.seconds = 0.0  # of training, up to the last log or save
+        self.kept, self.signals, self.parent = {}, [], os.getppid()
+        self._open = contextlib.ExitStack()
+
+    def _find_checkpoint(self) -> tuple[dict | None, str]:
+        """Return the checkpoint to go on from, or None and the reason why the run in the folder makes way."""
+        if self.args.resume is not None:
+            checkpoint = storage.load_checkpoint(self.folder, self.name)
+            # What the user has not changed now stands as it was typed then, so that the first command goes on as well.
+            typed = {k: v for k, v in checkpoint["typed"].items() if self.typed.get(k) == checkpoint["args"].get(k)}
+            self.typed |= typed
+            return checkpoint, ""
+        if self.args.fresh:
+            return None, "--fresh"
+        if not storage.checkpoint_path(self.folder, self.name).exists():
+            return None, ""
+        try:
+            checkpoint = storage.load_checkpoint(self.folder, self.name)
+        except storage.OtherVersion as error:
+            return None, str(error)
+        except ValueError as error:
+            raise ValueError(f"{error}; or start anew with --fresh") from error
+        if finished(self.folder, self.name, checkpoint["progress"], checkpoint["args"]["steps"]):
+            return None, "it is finished"
+        own = {"fresh", "resume", FOLDER_OPTION[self.name]}
+        changed = [option for option, value in self.typed.items() if checkpoint["typed"].get(option) != value]
+        if changed := [flag_of(option) for option in changed if option not in own]:
+            return None, f"it was started with other flags ({', '.join(changed)})"
+        if checkpoint["code"] != self.code:
+            return None, "the code has changed since; --resume would have gone on"
+        return checkpoint, ""
+
+    def begin(self, count: int, what: str, **identity):
+        """Do the last checks; then an earlier run makes way, and signals stop the run at the end of a step.
+
+        Args:
+            count: how many images there are to train on.
+            what: what they are, for the first line.
+            identity: what makes the run this one, such as the digest of its images; saved in each checkpoint.
+
+        Raises:
+            ValueError: the batch size or the run to go on with does not fit.
+        """
+        if not self.world_size <= self.args.batch_size <= count:
+            bounds = f"{self.world_size} (processes) to {count} (training images)"
+            raise ValueError(f"--batch-size {self.args.batch_size} is not from {bounds}")
+        for name, value in identity.items():
+            check_equal_on_ranks(value, name)
+        self.identity = identity
+        if self.checkpoint:
+            changed = [name for name, value in identity.items() if self.checkpoint["identity"].get(name) != value]
+            if changed and self.args.resume is not None:
+                raise ValueError(f"the run in {self.folder} cannot go on: its {', '.join(changed)} changed")
+            if changed:
+                self.checkpoint, self.reason = None, f"its {', '.join(changed)} changed"
+        if self.args.tensorboard:
+            summary_writer()
+        self.control = dist.new_group(backend="gloo") if self.world_size > 1 else None
+        self._catch_signals()
+        if self.rank == 0:
+            if self.checkpoint is None:
+                storage.make_way(self.folder, FILES[self.name], self.reason)
+            where = f"{self.device.type} in {self.args.precision}"
+            where += f", {self.world_size} processes" if self.world_size > 1 else ""
+            if self.checkpoint and self.name == storage.CHECKPOINT:
+                storage.tell_of_prior(self.folder)
+            going_on = f", going on from step {self.checkpoint['progress']['step']:,}" if self.checkpoint else ""
+            say(f"training on {count:,} {what}, on {where}{going_on}")
+        from_rank_0()
+
+    def _catch_signals(self):
+        """Remember signals that ask for an end. A second Ctrl-C ends the process at once.
+
+        Not under torchrun: it passes signals on to processes that may have had them already.
+        """
+
+        def remember(signum, _frame):
+            self.signals.append(signum)
+            if signum == signal.SIGINT and not dist.is_torchelastic_launched():
+                signal.signal(signum, signal.SIG_DFL)
+
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # SIGHUP: a closed terminal; Windows has none
+            signum = getattr(signal, name, None)
+            if signum and (name != "SIGHUP" or signal.getsignal(signum) != signal.SIG_IGN):  # nohup ignores it
+                signal.signal(signum, remember)
+
+    def keep(self, **kept):
+        """Save these under their names in each checkpoint; restore them first if the run goes on.
+
+        Args:
+            kept: whatever has `state_dict` and `load_state_dict`, or a dict.
+        """
+        self.kept = kept
+        if not self.checkpoint:
+            return
+        with user_errors():
+            try:
+                for name, value in kept.items():
+                    (value.update if isinstance(value, dict) else value.load_state_dict)(self.checkpoint[name])
+                set_random_state(self.checkpoint["random"], self.device)
+                progress = self.checkpoint["progress"]
+                self.step, self.logged, self.seconds = (progress[name] for name in ("step", "logged", "seconds"))
+                self.saved, self.unreported = self.step, progress["reports"]
+            except (KeyError, RuntimeError, TypeError) as error:
+                path = storage.checkpoint_path(self.folder, self.name)
+                reason = str(error).splitlines()[0]
+                raise ValueError(f"{path} does not fit this version ({reason}); start anew with --fresh") from error
+        self.checkpoint = None
+
+    def parallel(self, model: nn.Module) -> Callable:
+        """Return what calls the model in training: gradients averaged over the ranks, and compiled with --compile."""
+        forward = DistributedDataParallel(model) if self.world_size > 1 else model
+        if not self.args.compile:
+            return forward
+        # On a GPU into CUDA graphs, which start many small kernels together.
+        compiled = torch.compile(forward, mode="reduce-overhead" if self.device.type == "cuda" else None)
+
+        def call(*inputs):
+            with torch.compiler.set_stance("force_eager" if getattr(model, "starting", False) else "default"):
+                return compiled(*inputs)
+
+        return call
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bfloat16")
+
+    def schedule(self, step: int) -> float:
+        """Return a step's learning rate as a share of the highest: warm-up, then half a cosine."""
+        warm_up = min(1.0, step / (0.03 * self.args.steps))
+        return warm_up * 0.5 * (1 + math.cos(math.pi * (step - 1) / self.args.steps))
+
+    def shard(self, batch: Tensor) -> Tensor:
+        """Return this rank's part of what is known of a whole batch."""
+        return batch.tensor_split(self.world_size)[self.rank]
+
+    def share(self, batch: Tensor) -> float:
+        """Return this rank's share of the batch: 1 on a single process."""
+        return len(batch) / self.args.batch_size
+
+    def steps(self, images: Images) -> Iterator[tuple[int, Tensor]]:
+        """Yield the number and the batch of each step that is left; stop, saved, where a signal asks for it.
+
+        Each rank gets its own part of the batch.
+        """
+        if self.saved is None:
+            self.save()  # something to go on from, from the first step on
+        order = (
+            self.shard(batch_indices(len(images), self.args.batch_size, self.args.seed, step))
+            for step in range(self.step, self.args.steps)
+        )
+        stream = self._open.enter_context(contextlib.closing(batches(images, order, self.device)))
+        for batch in stream:
+            self.step += 1
+            yield self.step, batch
+            self.bar.update()
+            if not self._spoke and time.perf_counter() - self._began - self.seconds > FIRST_LINE:
+                self.show("")
+            signum = self._agreed_signal()
+            if signum and self.step < self.args.steps:
+                if self.saved != self.step:
+                    self.save()
+                self.bar.close()
+                if self.rank == 0:
+                    say(f"stopped at step {self.step}; run the same command again to go on")
+                sys.exit(128 + signum)
+
+    def logs_at(self, step: int) -> bool:
+        return step % self.args.log_every == 0 or self.saves_at(step)
+
+    def saves_at(self, step: int) -> bool:
+        """Return whether a checkpoint belongs to a step; one that was saved stays one whatever --resume changes."""
+        return step % self.args.save_every == 0 or step in (self.args.steps, self.saved)
+
+    def save(self):
+        """Write the checkpoint. All ranks call it, before anything is measured, drawn or printed at that step."""
+        self._read_clock()
+        state = {name: dict(v) if isinstance(v, dict) else v.state_dict() for name, v in self.kept.items()}
+        progress = {"step": self.step, "logged": self.logged, "seconds": self.seconds}
+        progress["reports"] = self.saves_at(self.step) and self.logged < self.step
+        state |= {
+            "name": self.name,
+            "args": vars(self.args),
+            "typed": self.typed,
+            "code": self.code,
+            "identity": self.identity,
+        }
+        state |= {"progress": progress, "random": random_state(self.device)}
+        if self.rank == 0:
+            storage.save_checkpoint(self.folder, state, self.name, keep_previous=self.saved != self.step)
+        self.saved = self.step
+
+    def log(self, row: dict):
+        """Append a row to the metrics, whose first column is the step, and show it as a line."""
+        if self.rank > 0:
+            return
+        path, row = self.folder / METRICS[self.name], {"step": self.step, **row}
+        if not path.exists():
+            storage.write_whole(path, ",".join(row) + "\n")
+        storage.append_row(path, list(row.values()))
+        numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
+        if self.writer:
+            for name, value in numbers.items():
+                self.writer.add_scalar(name, value, self.step)
+        self.logged = self.step
+        self.show(", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+
+    def log_picture(self, name: str, path: Path):
+        """Show a picture in TensorBoard, if --tensorboard asks for it."""
+        if self.writer and path.is_file():
+            self.writer.add_image(name, np.asarray(Image.open(path).convert("RGB")), self.step, dataformats="HWC")
+
+    def show(self, text: str):
+        """Show the state of a step: behind the progress bar on a terminal, else as a line."""
+        if self.rank > 0 or self.step == self._first:
+            return
+        self._read_clock()
+        self._spoke = True
+        passed = time.perf_counter() - self._began
+        rate = self.step * self.args.batch_size / passed
+        left = passed / self.step * (self.args.steps - self.step)
+        text = ", ".join(filter(None, (text, f"{rate:,.0f} images/s, {duration(left)} left")))
+        self.bar.set_postfix_str(text)
+        if self.bar.disable:
+            say(f"step {self.step}/{self.args.steps}: {text}")
+
+    def summarize(self, dataset: str, **measured) -> dict:
+        """Write and return the summary: what was measured, the time that it took, and all arguments."""
+        summary = {"dataset": dataset, "steps": self.step, "seconds": time.perf_counter() - self._began}
+        summary |= {
+            "training_seconds": self.seconds,
+            "images_per_second": self.step * self.args.batch_size / self.seconds,
+        }
+        summary |= {**measured, "arguments": vars(self.args)}
+        storage.write_whole(self.folder / SUMMARY[self.name], json.dumps(summary, indent=2) + "\n")
+        return summary
+
+    def _read_clock(self):
+        if self.step == 0 or self.step == self.saved:
+            return
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds = time.perf_counter() - self._began
+
+    def _agreed_signal(self) -> int:
+        """Return a signal that asks for an end, the same at the same step on every rank, or 0."""
+        if os.getppid() != self.parent and dist.is_torchelastic_launched():
+            self.signals.append(signal.SIGTERM)  # torchrun itself was killed
+        signum = self.signals[0] if self.signals else 0
+        if self.control:
+            box = torch.tensor(signum)
+            dist.all_reduce(box, dist.ReduceOp.MAX, group=self.control)
+            signum = int(box)
+        return signum
+
+    def __enter__(self):
+        """Trim the metrics to the checkpoint, since what came after it will be done again; start the clock."""
+        if self.rank == 0:
+            storage.trim_metrics(self.folder / METRICS[self.name], self.logged)
+        self._first, self._began = self.step, time.perf_counter() - self.seconds
+        hidden = self.rank > 0 or not (sys.stderr.isatty() and sys.stdout.isatty())
+        bar = tqdm(total=self.args.steps, initial=self.step, disable=hidden, dynamic_ncols=True)
+        self.writer = None
+        if self.rank == 0 and self.args.tensorboard:  # rows after the checkpoint will come again
+            folder = self.folder / TENSORBOARD[self.name]
+            self.writer = self._open.enter_context(summary_writer()(folder, purge_step=self.logged + 1))
+        self.bar, self._spoke = self._open.enter_context(contextlib.closing(bar)), False
+        return self
+
+    def __exit__(self, _type, error, _traceback):
+        """Close the workers and unlock the folder. What a user can mend ends the run with one line, exit code 1."""
+        self._open.close()
+        if self.lock:
+            self.lock.release(force=True)
+        if reason := self._reason(error):
+            message = f"{reason[0]} after step {self.step}: {reason[1]}"
+            with contextlib.suppress(ValueError, OSError):
+                saved = storage.load_checkpoint(self.folder, self.name)["progress"]["step"]
+                command = self._command_to_go_on(diverged=isinstance(error, FloatingPointError))
+                message += f"; the checkpoint of step {saved} is whole, to go on: {command}"
+            fail(message, code=1)
+
+    def _reason(self, error: BaseException | None) -> tuple[str, str] | None:
+        """Return how a run ended and why, if that was no bug of ours."""
+        text = " ".join(str(error).split())
+        if isinstance(error, FloatingPointError):
+            return "diverged", text
+        if isinstance(error, OSError):
+            return "cannot go on", text
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+            return "out of memory", "make --batch-size or the model smaller"
+        if isinstance(error, RuntimeError) and self.world_size > 1 and LOST_RANK.search(text):
+            return "cannot go on", "another process of this run has ended"
+        return None
+
+    def _command_to_go_on(self, diverged: bool) -> str:
+        start = "" if self.world_size == 1 else "torchrun ..."
+        words = ["--resume", self.folder]
+        for option in LEARNING_RATES if diverged else ():  # with the same, it would diverge again
+            if hasattr(self.args, option):
+                words += [flag_of(option), f"{getattr(self.args, option) / 2:g}"]
+        return command(storage.SCRIPTS[self.name], *words, start=start)
+
+
+def summary_writer() -> type:
+    """Return TensorBoard's writer, which is imported only where --tensorboard asks for it.
+
+    Raises:
+        ValueError: TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
+    return SummaryWriter
+
+
+def duration(seconds: float) -> str:
+    """Return a time to come as people say it: 40 s, 12 min, 3.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        state[device.type] = torch.get_device_module(device).get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Tensor], device: torch.device):
+    torch.set_rng_state(state["cpu"])
+    if device.type in state and device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(state[device.type])

@@ -1,0 +1,362 @@
+"""Files that are whole or absent, checkpoints that carry their own digest, and the folder of a run."""
+
+import contextlib
+import csv
+import hashlib
+import os
+import secrets
+import shlex
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from harness.cli import say
+
+import filelock
+import psutil
+import torch
+
+FORMAT = 4
+CHECKPOINT, PRIOR = "checkpoint", "prior"
+SCRIPTS = {CHECKPOINT: "train.py", PRIOR: "train_prior.py"}  # which script writes which
+IMAGE_CACHE = "images.pt"  # decoded images of a folder; they outlive a run, so that the next one finds them
+CONTENTS = {"format": int, "name": str, "code": str, "args": dict, "typed": dict, "identity": dict, "progress": dict}
+CONTENTS |= {"random": dict, "model": dict, "means": dict}
+PRIOR_FILES = (
+    "prior*.pt",
+    "prior_metrics.csv",
+    "prior_curves.png",
+    "prior_summary.json",
+    "samples*.png",
+    "prior_tensorboard",
+)
+PRIOR_FILES += ("completed.png", "neighbours.png", "generation.json")
+RUN_FILES = (
+    "checkpoint*.pt",
+    "metrics.csv",
+    "summary.json",
+    "evaluation.json",
+    "curves.png",
+    "codebook.png",
+    "tensorboard",
+)
+RUN_FILES += ("recon_*.png", "reconstructed.png", "codes.pt", "images.txt", *PRIOR_FILES)
+TRAILER = b"sha256:"  # and 64 hexadecimal digits: the comment at the end of the zip archive that torch.save writes
+TRAILER_SIZE = len(TRAILER) + 64
+NO_COMMENT = b"\0\0"  # the length of the comment before it was added
+
+
+class Damaged(ValueError):
+    """A file of ours is missing, cut short, changed, or something else."""
+
+
+class OtherVersion(ValueError):
+    """A checkpoint that another version of the project wrote."""
+
+
+# Files
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that becomes `path` when the block ends; killed at any moment, `path` is what it was before.
+
+    Raises:
+        OSError: it cannot be written; `path` is what it was before, and the space is free again.
+    """
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "xb") as file:  # x: never through a link that lies there
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and not error.filename:  # "No space left on device": for what?
+            error.filename = str(path)
+        raise
+
+
+def write_whole(path: Path, text: str):
+    with whole_file(path) as file:
+        file.write(text.encode())
+
+
+class DigestWriter:
+    """Pass on what torch.save writes, and take its digest."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.digest, self.error = file, hashlib.sha256(), None
+
+    def write(self, data) -> int:
+        try:
+            self.digest.update(data)
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error  # torch.save makes a RuntimeError of it
+            raise
+
+    def flush(self):
+        self.file.flush()
+
+
+def write_state(path: Path, state):
+    """Write what torch.load reads, with its own digest at the end.
+
+    Raises:
+        OSError: it cannot be written; `path` is what it was before.
+    """
+    with whole_file(path) as file:
+        writer = DigestWriter(file)
+        try:
+            torch.save(state, writer)
+        except RuntimeError:
+            raise writer.error or OSError(f"{path} cannot be written") from None
+        file.seek(-len(NO_COMMENT), os.SEEK_END)
+        file.write(TRAILER_SIZE.to_bytes(2, "little") + TRAILER + writer.digest.hexdigest().encode())
+
+
+def read_state(path: Path, mmap: bool = False) -> tuple[dict, str]:
+    """Return what `write_state` wrote, on the CPU, and its digest; code in the file is never executed.
+
+    Raises:
+        Damaged: the file is missing, or any bit of it is not as it was written.
+        ValueError: it cannot be read.
+    """
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
+        raise Damaged(f"{path.parent} holds no {path.name}")
+    try:
+        digest = read_digest(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap), digest
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error})") from error
+    except Damaged:
+        raise
+    except Exception:  # written by something else; torch's own message tells users to execute the file
+        raise Damaged(f"{path} holds more than tensors and plain values, and is not loaded") from None
+
+
+def read_digest(path: Path) -> str:
+    """Return the digest at the end of a file.
+
+    Raises:
+        Damaged: it is not that of the bytes before it.
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        left = os.fstat(file.fileno()).st_size - TRAILER_SIZE - len(NO_COMMENT)
+        while left > 0 and (chunk := file.read(min(left, 2**20))):
+            digest.update(chunk)
+            left -= len(chunk)
+        digest.update(NO_COMMENT)
+        expected = TRAILER_SIZE.to_bytes(2, "little") + TRAILER + digest.hexdigest().encode()
+        if left != 0 or file.read() != expected:
+            raise Damaged(f"{path} is damaged, or was not written by this version of the project")
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def new_folder(path: str | Path | None) -> Iterator[Path | None]:
+    """Give a folder to write to that becomes `path` when the block ends, and never is half full; None gives None.
+
+    Raises:
+        ValueError: `path` exists and is not an empty folder.
+    """
+    if path is None:
+        yield None
+        return
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"--out {path} is there already; name a new folder")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        with contextlib.suppress(FileNotFoundError):
+            path.rmdir()  # it is empty
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+# Checkpoints
+
+
+def checkpoint_path(folder: str | Path, name: str = CHECKPOINT, previous: bool = False) -> Path:
+    return Path(folder, f"{name}_previous.pt" if previous else f"{name}.pt")
+
+
+def save_checkpoint(folder: Path, state: dict, name: str = CHECKPOINT, keep_previous: bool = True):
+    """Write a run's checkpoint, and keep the one before it, unless that was one of the same step.
+
+    Raises:
+        OSError: it cannot be written; the last checkpoint is still there.
+        FloatingPointError: the state holds NaN or infinite values.
+    """
+    if not finite(state):
+        raise FloatingPointError("the weights or the optimizer's moments are NaN or infinite; lower the learning rate")
+    path = checkpoint_path(folder, name)
+    if keep_previous and path.exists():
+        copy = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+        try:
+            os.link(path, copy)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, copy)
+        os.replace(copy, checkpoint_path(folder, name, previous=True))
+        copy.unlink(missing_ok=True)  # a rename does nothing if both are links to one file, after a kill right here
+    write_state(path, {"format": FORMAT, **state})
+
+
+def finite(value) -> bool:
+    """Return whether all tensors in nested dicts and lists are finite."""
+    if isinstance(value, dict | list | tuple):
+        return all(map(finite, value.values() if isinstance(value, dict) else value))
+    return not torch.is_tensor(value) or bool(value.isfinite().all())
+
+
+def load_checkpoint(folder: str | Path, name: str = CHECKPOINT) -> dict:
+    """Read a run's checkpoint onto the CPU, with the file's own digest and path under these names.
+
+    Raises:
+        ValueError: there is none, it is damaged or foreign, or another version wrote it.
+    """
+    try:
+        return read_checkpoint(checkpoint_path(folder, name), name)
+    except Damaged as error:
+        path, previous = checkpoint_path(folder, name), checkpoint_path(folder, name, previous=True)
+        try:
+            step = read_checkpoint(previous, name)["progress"]["step"]
+        except ValueError:
+            raise error from None
+        copy = shlex.join(["cp", str(previous), str(path)])
+        raise ValueError(f"{error}; to go on from step {step} instead: {copy}") from error
+
+
+def read_checkpoint(path: Path, name: str) -> dict:
+    remedy = f"name the folder of a run of {SCRIPTS[name]}"
+    try:
+        state, digest = read_state(path)
+    except Damaged as error:
+        if (other := other_format(path)) is not None:
+            raise other_version(path, other) from None
+        raise Damaged(f"{error}; {remedy}") from None
+    fits = isinstance(state, dict) and all(isinstance(state.get(key), kind) for key, kind in CONTENTS.items())
+    if not fits or state["name"] != name:
+        raise Damaged(f"{path} is not a checkpoint of this project; {remedy}")
+    if state["format"] != FORMAT:
+        raise other_version(path, state["format"])
+    return state | {"digest": digest, "path": str(path)}
+
+
+def other_format(path: Path) -> int | None:
+    """Return the format of a checkpoint that another version wrote, which may have no digest."""
+    with contextlib.suppress(Exception):
+        found = torch.load(path, map_location="cpu", weights_only=True)["format"]
+        return found if isinstance(found, int) and found != FORMAT else None
+
+
+def other_version(path: Path, found: int) -> OtherVersion:
+    remedy = "update the project" if found > FORMAT else "train again, or use the version that wrote it"
+    return OtherVersion(f"{path} has format {found}, this version reads {FORMAT}; {remedy}")
+
+
+def code_digest() -> str:
+    """Return a digest of the project's own code, on which a run's result depends."""
+    root, digest = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted([*root.glob("*.py"), *root.glob("harness/*.py")]):
+        digest.update(f"{path.relative_to(root).as_posix()}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+# The folder of a run
+
+
+def writable_folder(path: str | Path) -> Path:
+    """Make the folder if it is not there, and check that files can be written to it.
+
+    Raises:
+        OSError: it cannot be made or written to.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(f"{folder} is, or is inside, a file, and needs to be a folder") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"cannot write to the folder {folder}; change its permissions or choose another")
+    return folder
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Return whether a run writes, or has written, into a folder: its pictures are no training images."""
+    return any((folder / name).exists() for name in (".lock", "checkpoint.pt", "metrics.csv", "prior.pt"))
+
+
+def lock_folder(folder: Path) -> filelock.BaseFileLock:
+    """Let no other process write into a run's folder until the lock is released or this process ends.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    # A singleton: a refused run may still hold the lock in a process that lives on, such as a notebook's.
+    lock, owner = filelock.FileLock(folder.resolve() / ".lock", is_singleton=True), folder / ".lock.pid"
+    try:
+        pid = int(owner.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        pid = None
+    # The lock of a killed run goes with its last process, of which some take seconds to see that the first has died.
+    patience = 0 if pid is None or psutil.pid_exists(pid) else 10
+    try:
+        lock.acquire(timeout=patience)
+    except filelock.Timeout:
+        remedy = "wait for it, stop it, or name another folder"
+        raise ValueError(f"another run, process {pid or 'unknown'}, is writing into {folder}; {remedy}") from None
+    for left in folder.glob("*.tmp"):  # half written by a killed run
+        left.unlink(missing_ok=True)
+    write_whole(owner, f"{os.getpid()}\n")
+    return lock
+
+
+def make_way(folder: Path, patterns: tuple[str, ...] = RUN_FILES, reason: str = ""):
+    """Move an earlier run's files into a dated folder inside the folder of a new one."""
+    earlier = list({path for pattern in patterns for path in folder.glob(pattern)})
+    if not earlier:
+        return
+    # The newest goes last: killed halfway, the next start finds the same name, and goes on.
+    earlier.sort(key=lambda path: path.stat().st_mtime)
+    archive = folder / time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(earlier[-1].stat().st_mtime))
+    while any((archive / path.name).exists() for path in earlier):
+        archive = archive.with_name(archive.name + "_")
+    archive.mkdir(exist_ok=True)
+    for path in earlier:
+        path.rename(archive / path.name)
+    say(f"moved the earlier run in {folder} to {archive}" + (f": {reason}" if reason else ""))
+
+
+def tell_of_prior(folder: Path):
+    """Say that a prior in the folder stays with the weights that it was trained on, since these go on learning."""
+    with contextlib.suppress(ValueError):
+        step = load_checkpoint(folder, PRIOR)["identity"]["vqvae_step"]
+        say(f"the prior in {folder} belongs to the VQ-VAE of step {step:,}; train it anew after this run")
+
+
+def append_row(path: Path, row: Sequence):
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerow(row)
+
+
+def trim_metrics(path: Path, step: int):
+    """Keep the whole lines of a metrics file up to a step: those after it will be written again."""
+    if not path.is_file():
+        return
+    head, *lines = path.read_text(encoding="utf-8").splitlines() or [""]
+    rows = list(csv.reader(lines))
+    kept = [line for line, row in zip(lines, rows) if len(row) == len(head.split(",")) and int(row[0]) <= step]
+    if kept:
+        write_whole(path, "\n".join([head, *kept, ""]))
+    else:
+        path.unlink()

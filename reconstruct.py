@@ -1,0 +1,214 @@
+"""Put images through a trained VQ-VAE: images -> codes -> images, `python reconstruct.py --run results a.png b.png`."""
+
+import argparse
+import math
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from harness import figures
+from harness.cli import make_parser, printable, say, user_errors
+from harness.data import batches, chunks, dataset_of, first_images, to_pixels
+from harness.folder import Images, read_images, walk
+from harness.machine import pick_device
+from harness.storage import load_checkpoint, lock_folder, new_folder, writable_folder
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+from tqdm import tqdm
+
+from model import VQVAE, load_model, named
+
+SHOWN = 10  # images in reconstructed.png; --out writes all
+FROM_TEST_SET = 8  # images where no files are named
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser("Reconstruct images from their codes, by a run of train.py.")
+    parser.add_argument("files", nargs="*", metavar="FILE", help="images or folders; by default of the test set")
+    parser.add_argument("--run", default="results", help="folder of the run")
+    parser.add_argument("--data-dir", help="folder of the data set, if it is not where it was for training")
+    parser.add_argument(
+        "--full-size", action="store_true", help="encode images at their own size, not resized to that of the training"
+    )
+    parser.add_argument("--codes", metavar="NPZ", help="decode the codes.npz of an earlier --out, in place of images")
+    parser.add_argument("--out", metavar="DIR", help="new folder for originals/, reconstructions/ and codes.npz")
+    args = parser.parse_args(argv)
+    if args.codes and (args.files or args.full_size):
+        parser.error("--codes takes the place of images; leave out the files and --full-size")
+    if args.codes and not args.out:
+        parser.error("--codes needs --out, the folder to write the images to")
+    return args
+
+
+def main(args: argparse.Namespace):
+    with user_errors():
+        checkpoint = load_checkpoint(args.run)
+        model = load_model(checkpoint, pick_device()[0])
+        if args.codes:
+            names, indices, size = read_codes(Path(args.codes), model, checkpoint)
+            images, recon = None, decode(model, indices, size)
+        else:
+            names, images = load_images(args, checkpoint, model)
+            indices, recon = reconstruct(model, images)
+            with lock_folder(writable_folder(args.run)):
+                path = free_name(Path(args.run, "reconstructed.png"))
+                title = f"{checkpoint['args']['dataset']}, step {checkpoint['progress']['step']:,}"
+                figures.save_codes(path, model, names[:SHOWN], images[:SHOWN], indices, recon, title)
+            say(f"wrote {path}" + (f", with the first {SHOWN} of {len(images)} images" if len(images) > SHOWN else ""))
+        if args.out:
+            with new_folder(args.out) as out:
+                if args.codes:
+                    write_images(out / "reconstructions", names, recon)
+                else:
+                    write_reconstructions(out, model, torch.stack(images), checkpoint, names)
+            say(f"wrote {len(names):,} images to {args.out}")
+
+
+def load_images(args: argparse.Namespace, checkpoint: dict, model: VQVAE) -> tuple[list[str], list[Tensor]]:
+    """Return the names and the images (C, H, W) uint8, prepared as those of the training unless --full-size."""
+    if not args.files:
+        images = first_images(dataset_of(checkpoint, Path(args.run), args.data_dir).test_images, FROM_TEST_SET)
+        return [f"test {i}" for i in range(len(images))], list(images)
+    paths = []
+    for file in map(Path, args.files):
+        paths += walk(file) if file.is_dir() else [file]
+    size = None if args.full_size else model.image_size
+    images, resized = read_images(paths, model.channels, size, checkpoint["args"]["background"])
+    if resized:
+        height, width = model.image_size
+        say(f"resized and cropped {resized} of {len(images)} images to {width}x{height}; --full-size leaves them whole")
+    if args.out and len({image.shape for image in images}) > 1:
+        raise ValueError("the images differ in size, but codes.npz needs one; leave out --full-size or --out")
+    return unique_names(paths), images
+
+
+@torch.inference_mode()
+def reconstruct(model: VQVAE, images: list[Tensor]) -> tuple[list[list[Tensor]], list[Tensor]]:
+    """Return each image's indices, (h, w) of each level, and its reconstruction (C, H, W) in [0, 1], on the CPU."""
+    indices, recon = [], []
+    for chunk in same_size_chunks(images):
+        x = to_pixels(torch.stack([images[i] for i in chunk]), model.mean.device)
+        levels = model.encode(x)
+        recon += model.decode(levels, x.shape[-2:]).cpu()
+        indices += zip(*(level.cpu() for level in levels))
+    return indices, recon
+
+
+@torch.inference_mode()
+def decode(model: VQVAE, indices: list[list[Tensor]], size: tuple[int, int]) -> list[Tensor]:
+    """Return the images (C, H, W) in [0, 1] of indices, on the CPU."""
+    images = []
+    for chunk in chunks(len(indices), size):
+        levels = [torch.stack(level).to(model.mean.device) for level in zip(*(indices[i] for i in chunk))]
+        images += model.decode(levels, size).cpu()
+    return images
+
+
+def same_size_chunks(images: list[Tensor]) -> Iterator[list[int]]:
+    """Yield the numbers of images that follow one another and have one size, few enough to be computed at once."""
+    start = 0
+    while start < len(images):
+        size = images[start].shape[-2:]
+        stop = start
+        while stop < len(images) and images[stop].shape[-2:] == size:
+            stop += 1
+        for chunk in chunks(stop - start, size):
+            yield [start + int(i) for i in chunk]
+        start = stop
+
+
+# Files
+
+
+def write_reconstructions(folder: Path, model: VQVAE, images: Images, checkpoint: dict, names: list[str] | None = None):
+    """Write originals/NAME.png as the model sees them, reconstructions/NAME.png, and codes.npz."""
+    names = names or [f"{i:05d}" for i in range(len(images))]
+    order, indices = chunks(len(images), images.shape[-2:]), []
+    stream = batches(images, order, torch.device("cpu"))
+    for chunk, batch in zip(order, tqdm(stream, "writing", len(order), disable=None)):
+        of_chunk, recon = reconstruct(model, list(batch))
+        write_images(folder / "originals", [names[i] for i in chunk], batch)
+        write_images(folder / "reconstructions", [names[i] for i in chunk], recon)
+        indices += of_chunk
+    write_codes(folder / "codes.npz", names, indices, images.shape[-2:], model, checkpoint)
+
+
+def write_images(folder: Path, names: list[str], images: Iterable[Tensor]):
+    """Write NAME.png for each image (C, H, W), uint8 or in [0, 1]."""
+    folder.mkdir(exist_ok=True)
+    for name, image in zip(names, images):
+        if image.is_floating_point():
+            image = (image * 255).round().to(torch.uint8)
+        to_pil_image(image.cpu()).save(folder / f"{name}.png")  # grey images stay grey
+
+
+def write_codes(path: Path, names: list[str], indices: list, size: tuple, model: VQVAE, checkpoint: dict):
+    """Write what numpy alone can read: the indices (N, h, w) of every level, names, K, and bits per image."""
+    levels = dict(zip((named("indices", name) for name in model.level_names), map(torch.stack, zip(*indices))))
+    codebook_size = model.levels[0].quantizer.codebook_size
+    bits = sum(level[0].numel() for level in levels.values()) * math.log2(codebook_size)
+    arrays = {name: level.numpy().astype(np.int32) for name, level in levels.items()}
+    facts = {"names": np.array(names), "codebook_size": codebook_size, "bits_per_image": bits}
+    np.savez_compressed(path, **arrays, **facts, image_size=np.array(size), model=checkpoint["digest"])
+
+
+def read_codes(path: Path, model: VQVAE, checkpoint: dict) -> tuple[list[str], list[list[Tensor]], tuple[int, int]]:
+    """Return the names, the indices and the size of the images of a codes.npz.
+
+    Raises:
+        ValueError: it is damaged, or of another model.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            names, size, digest = file["names"].tolist(), tuple(map(int, file["image_size"])), str(file["model"])
+            levels = [torch.from_numpy(file[named("indices", name)]).long() for name in model.level_names]
+    except FileNotFoundError:
+        raise ValueError(f"{printable(path)} is not there") from None
+    except Exception as error:  # damaged archives surface as almost any exception
+        raise ValueError(f"{printable(path)} is not a codes.npz of this project, or damaged") from error
+    if digest != checkpoint["digest"]:
+        raise ValueError(
+            f"{printable(path)} was written by another model than that of the run; its codes mean other images"
+        )
+    height, width = (-(-length // model.strides[0]) * model.strides[0] for length in size)
+    grids = [(height // stride, width // stride) for stride in model.strides]
+    if [tuple(level.shape) for level in levels] != [(len(names), *grid) for grid in grids]:
+        raise ValueError(f"{printable(path)}: the indices do not have the shape of {len(names)} images of this model")
+    for level in levels:
+        if level.numel() and not 0 <= level.min() <= level.max() < model.levels[0].quantizer.codebook_size:
+            raise ValueError(f"{printable(path)}: indices run from {level.min()} to {level.max()}, out of range")
+    if len(set(names)) < len(names) or any(name != safe_name(name) for name in names):
+        raise ValueError(f"{printable(path)}: its names are no file names")
+    return names, list(zip(*levels)), size
+
+
+def free_name(path: Path) -> Path:
+    """Return the path, or with _2, _3, ... if it is taken."""
+    tried, number = path, 1
+    while tried.exists():
+        number += 1
+        tried = path.with_name(f"{path.stem}_{number}{path.suffix}")
+    return tried
+
+
+def unique_names(paths: list[Path]) -> list[str]:
+    """Return a file name without ending for each path; those alike get a number."""
+    names = []
+    for path in paths:
+        name, number = safe_name(path.stem), 1
+        while name in names:
+            number += 1
+            name = f"{safe_name(path.stem)}_{number}"
+        names.append(name)
+    return names
+
+
+def safe_name(name: str) -> str:
+    return re.sub(r"[^\w .()+-]", "_", printable(name)).strip(" .") or "image"
+
+
+if __name__ == "__main__":
+    main(parse_args())

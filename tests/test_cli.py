@@ -1,0 +1,106 @@
+"""Flags are checked where they are parsed, a mistake is one line, and output never stops a run."""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from harness.cli import command, number, say, shortened, user_errors
+from harness.storage import load_checkpoint
+
+import pytest
+from conftest import ROOT, SMALL, refusal
+
+import evaluate
+import sample
+import train as script
+import train_prior
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        *((f"--{name}", "0") for name in ("steps", "batch-size", "codebook-size", "code-dim", "width", "save-every")),
+        *(("--steps", bad) for bad in ("-5", "1.5", "many")), *(("--lr", bad) for bad in ("-1", "nan", "inf")),
+        ("--beta", "-1"), ("--decay", "1"), ("--revive-below", "1.5"), ("--seed", "-1"), ("--dataset", "imagenet"),
+        ("--downsample", "x"), ("--downsample", "3"), ("--device", "tpu"), ("--precision", "float8"),
+        ("--no-such-flag", "1"),
+    ],
+)  # fmt: skip
+def test_bad_flag_is_named_in_one_line(capsys, tmp_path, flag, value):
+    assert flag in refusal(capsys, script, f"--out-dir={tmp_path}", flag, value)
+
+
+def test_number_holds_its_bounds():
+    share, size = number(float, 0, 1), number(float, 0, above=True)
+    assert share("0") == 0 and share("0.5") == 0.5 and size("1e9") == 1e9
+    for parse, text in ((share, "1"), (share, "-0.1"), (share, "nan"), (size, "0"), (size, "inf")):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"{text} must be "):
+            parse(text)
+
+
+def test_every_flag_has_its_help(capsys):
+    for parse_args in (script.parse_args, evaluate.parse_args, train_prior.parse_args, sample.parse_args):
+        with pytest.raises(SystemExit) as done:
+            parse_args(["--help"])
+        printed = " ".join(capsys.readouterr().out.split())  # whose lines are broken by the terminal's width
+        assert done.value.code == 0 and "None" not in printed.replace("(default: None)", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(ValueError("a mistake"), 2), (OSError("a mistake"), 2), (KeyboardInterrupt(), 130)]
+)
+def test_mistake_is_one_line(capsys, error, code):
+    with pytest.raises(SystemExit) as ended, user_errors():
+        raise error
+    printed = capsys.readouterr().err
+    assert ended.value.code == code and printed.count("\n") == 1
+    assert ("a mistake" if code == 2 else "interrupted") in printed
+
+
+def test_bug_of_ours_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError), user_errors():
+        1 / 0  # noqa: B018
+
+
+def test_command_holds_wherever_one_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    python, path, *words = shlex.split(command("train.py", "--resume", Path("my run's")))
+    assert python == sys.executable and Path(path).samefile(ROOT / "train.py") and words == ["--resume", "my run's"]
+
+
+def test_long_list_of_names_is_shortened():
+    assert shortened("abcde") == "a, b, c, d, e" and shortened("abcdefgh") == "a, b, c, d, e and 3 more"
+
+
+def test_names_beyond_the_encoding_are_printed(monkeypatch, tmp_path):
+    with open(tmp_path / "out.txt", "w", encoding="ascii") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        say("a → b")
+    assert (tmp_path / "out.txt").read_text() == "a \\u2192 b\n"
+
+
+RUN = [sys.executable, ROOT / "train.py", *SMALL, "--steps=10", "--save-every=5"]
+FILES = {"checkpoint.pt", "checkpoint_previous.pt", "metrics.csv", "summary.json", "curves.png", "codebook.png"}
+FILES |= {"recon_000005.png", "recon_000010.png"}
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs the device that is always full")
+def test_full_output_does_not_stop_a_run(tmp_path):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*RUN, f"--out-dir={tmp_path}"], stdout=full, stderr=full, cwd=ROOT)
+    assert done.returncode == 0 and load_checkpoint(tmp_path)["progress"]["step"] == 10
+    assert {path.name for path in tmp_path.iterdir()} >= FILES
+
+
+def test_closed_pipe_does_not_stop_a_run(tmp_path):
+    """As of `python train.py | head -1`."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*RUN, f"--out-dir={tmp_path}"], cwd=ROOT, **pipes) as process:
+        assert process.stdout.readline().startswith("training on 1,500 images")
+        process.stdout.close()
+        printed = process.stderr.read()
+    assert process.returncode == 0 and not printed
+    assert {path.name for path in tmp_path.iterdir()} >= FILES

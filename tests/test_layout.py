@@ -1,0 +1,32 @@
+"""Where code may stand, and what it may import."""
+
+import ast
+import sys
+
+import pytest
+from conftest import ROOT
+
+TOP = {path.stem for path in ROOT.glob("*.py")}
+
+
+def imports(path):
+    """The first part of each module that a file imports."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = [name.name for node in nodes if isinstance(node, ast.Import) for name in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+    return {name.split(".")[0] for name in names}
+
+
+def test_harness_never_imports_the_top_level():
+    files = list(ROOT.glob("harness/*.py"))
+    assert len(files) > 5 and "model" in TOP
+    assert not any(imports(path) & TOP for path in files)
+
+
+@pytest.mark.parametrize("name", ["quantizer.py", "prior.py"])
+def test_quantizer_and_prior_need_torch_alone(name):
+    assert imports(ROOT / name) - sys.stdlib_module_names == {"torch"}
+
+
+def test_model_imports_the_quantizer_alone():
+    assert imports(ROOT / "model.py") & (TOP | {"harness"}) == {"quantizer"}

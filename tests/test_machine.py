@@ -1,0 +1,94 @@
+"""What is not there is refused before anything is done; a container's limits count."""
+
+import math
+import os
+import shutil
+import sys
+
+from harness import machine
+from harness.machine import check_memory, container_limit, cpu_count, free_memory, from_rank_0, pick_device
+
+import psutil
+import pytest
+import torch
+from conftest import refusal, rows, train
+from torch import nn
+
+import train as script
+
+
+def test_device_that_is_missing_is_refused(capsys):
+    assert "--device cuda: this machine has cpu" in refusal(capsys, script, "--device=cuda", "--dataset=digits")
+
+
+def test_auto_takes_the_cpu_where_nothing_else_is():
+    device, precision = pick_device()
+    assert device == torch.device("cpu") and precision in ("float32", "bfloat16")
+    assert pick_device("cpu", "float32")[1] == "float32"
+
+
+@pytest.mark.parametrize(("hardware", "precision"), [("avx512_bf16", "bfloat16"), ("avx2", "float32")])
+def test_bfloat16_needs_hardware(monkeypatch, hardware, precision):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {hardware: True})
+    assert pick_device("cpu")[1] == precision
+
+
+def test_compiling_without_a_compiler_is_refused(capsys, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "install g++" in refusal(capsys, script, "--compile", "--device=cpu", "--dataset=digits")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs a C++ compiler")
+@pytest.mark.filterwarnings("default")  # the compiler's own
+def test_compiled_run_learns_as_an_eager_one(tmp_path):
+    train(tmp_path / "eager", "--steps=10", "--precision=float32")
+    train(tmp_path / "compiled", "--steps=10", "--precision=float32", "--compile")
+    for eager, compiled in zip(rows(tmp_path / "eager"), rows(tmp_path / "compiled"), strict=True):
+        # No more than this: Adam's first steps are as large where a gradient is nothing but rounding.
+        assert float(compiled["recon_loss"]) == pytest.approx(float(eager["recon_loss"]), rel=1e-3)
+
+
+def test_model_that_exceeds_the_memory_is_refused(capsys, trained_run):
+    before = {path.name for path in trained_run.iterdir()}
+    flags = ("--dataset=digits", f"--out-dir={trained_run}", "--device=cpu", "--codebook-size=2000000000")
+    printed = refusal(capsys, script, *flags)
+    assert "training this model takes" in printed and "make it smaller" in printed
+    assert {path.name for path in trained_run.iterdir()} == before
+
+
+def test_memory_check_counts_gradients_and_moments(monkeypatch):
+    """1,000 float32 weights take 16 kB to train."""
+    for limit, fits in ((16_000, True), (15_999, False)):
+        monkeypatch.setattr(machine, "container_limit", lambda limit=limit: limit)
+        if fits:
+            check_memory(lambda: nn.Linear(1000, 1, bias=False), torch.device("cpu"))
+        else:
+            with pytest.raises(ValueError, match="make it smaller"):
+                check_memory(lambda: nn.Linear(1000, 1, bias=False), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("text", "limit"), [("1000", 1000), ("max\n", math.inf), (None, math.inf)])
+def test_container_limit_is_read(tmp_path, monkeypatch, text, limit):
+    path = tmp_path / "memory.max"
+    monkeypatch.setattr(machine, "CONTAINER_LIMITS", (tmp_path / "missing", path))
+    if text is not None:
+        path.write_text(text)
+    assert container_limit() == limit
+    assert free_memory() <= min(limit, psutil.virtual_memory().total)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the processors as Linux does")
+def test_cpu_count_follows_the_affinity():
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert cpu_count() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert cpu_count() == len(allowed)
+
+
+def test_single_process_agrees_with_itself():
+    machine.check_equal_on_ranks(1, "--steps")
+    assert from_rank_0("value") == "value" and machine.world_size() == 1

@@ -1,0 +1,80 @@
+import copy
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from muon import Muon, orthogonalize
+
+SHAPES = [(24, 8), (8, 24), (8, 24), (16, 16)]
+
+
+def matrices(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+
+
+def train(optimizer, weights, steps, start=0):
+    for step in range(start, start + steps):
+        for i, weight in enumerate(weights):
+            weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(100 * step + i))
+        optimizer.step()
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 96), (3, 96, 32), (2, 64, 64)])
+def test_orthogonalize_matches_polynomial_of_singular_values(shape):
+    """Newton-Schulz keeps the singular vectors; each singular value goes through the quintic five times."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u, s, vh = torch.linalg.svd(x / x.norm(dim=(1, 2), keepdim=True), full_matrices=False)
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    torch.testing.assert_close(orthogonalize(x.float()), (u * s[:, None] @ vh).float(), rtol=0, atol=1e-4)
+
+
+def test_orthogonalize_brings_singular_values_near_one():
+    x = torch.randn(2, 48, 192, generator=torch.Generator().manual_seed(0))
+    s = torch.linalg.svdvals(orthogonalize(x))
+    assert s.min() > 0.6 and s.max() < 1.3
+
+
+def test_updates_match_torch_muon():
+    """torch.optim.Muon orthogonalises in bfloat16, so that is how far apart they may be."""
+    ours, theirs = matrices(), matrices()
+    train(Muon(ours, torch.bfloat16, lr=0.02, weight_decay=0.1), ours, 5)
+    train(torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"), theirs, 5)
+    for start, a, b in zip(matrices(), ours, theirs):
+        assert (a - b).norm() < 0.02 * (b - start).norm()
+
+
+def test_float32_runs_no_op_in_bfloat16():
+    weights = matrices()
+    with DtypeLog() as log:
+        train(Muon(weights, torch.float32), weights, 2)
+    assert log.dtypes == {torch.float32}
+
+
+class DtypeLog(TorchDispatchMode):
+    """Collect the dtypes of all floating-point tensors that operations return."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        leaves = tree_leaves(out)
+        self.dtypes |= {leaf.dtype for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()}
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resumes_bit_for_bit_from_state_dict(dtype):
+    whole, resumed = matrices(), matrices()
+    train(Muon(whole, dtype), whole, 6)
+    first = Muon(resumed, dtype)
+    train(first, resumed, 3)
+    second = Muon(resumed, dtype)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    train(second, resumed, 3, start=3)
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed))

@@ -1,0 +1,419 @@
+"""A run stops, goes on, makes way and diverges as the README says."""
+
+import argparse
+import math
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from harness.data import batch_indices, load_dataset
+from harness.run import Means, Run, duration
+from harness.storage import load_checkpoint, save_checkpoint
+
+import pytest
+import torch
+from conftest import ROOT, SIGNALS, SMALL, TINY, program, refusal, rows, same_run, train, train_prior
+
+import train as script
+import train_prior as prior_script
+
+STEPS = ("--steps=30", "--save-every=10")  # those of the fixture finished_run
+
+
+def archives(folder):
+    return [path for path in folder.iterdir() if path.is_dir()]
+
+
+# Parts of a run
+
+
+def test_means_weigh_steps_alike():
+    means = Means()
+    for value in (1.0, 2.0, 6.0):
+        means.add(1.0, loss=torch.tensor(value), counts=torch.tensor([value, 0]))
+    computed = means.compute()
+    assert computed["loss"] == 3 and computed["counts"].tolist() == [3, 0]
+    assert means.compute()["loss"] == 3  # until the reset
+    means.reset()
+    means.add(0.25, loss=torch.tensor(8.0))  # a rank's share of the batch
+    assert means.compute()["loss"] == 2
+
+
+def test_means_survive_a_checkpoint():
+    means, again = Means(), Means()
+    means.add(1.0, loss=torch.tensor(1.0))
+    again.load_state_dict(means.state_dict())
+    for m in (means, again):
+        m.add(1.0, loss=torch.tensor(5.0))
+    assert again.compute() == means.compute() == {"loss": 3}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_means_refuse_what_is_not_finite(value):
+    means = Means()
+    means.add(1.0, loss=torch.tensor([1.0, value]))
+    with pytest.raises(FloatingPointError, match="NaN or infinite; lower the learning rate"):
+        means.compute()
+
+
+def test_schedule_warms_up_then_falls_by_cosine():
+    run = argparse.Namespace(args=argparse.Namespace(steps=1000))
+    shares = [Run.schedule(run, step) for step in range(1, 1001)]
+    assert shares[0] == pytest.approx(1 / 30) and shares[14] == pytest.approx(0.5, abs=1e-3)
+    assert max(shares) == shares[29] > 0.99
+    assert shares[500] == pytest.approx(0.5, abs=1e-6) and 0 < shares[-1] < 1e-5
+    assert all(a > b for a, b in zip(shares[29:], shares[30:]))
+
+
+def test_time_is_told_in_its_unit():
+    assert [duration(seconds) for seconds in (40, 720, 12600)] == ["40 s", "12 min", "3.5 h"]
+
+
+def test_steps_yield_the_batches_of_the_seed(tmp_path, monkeypatch):
+    seen = []
+    steps = Run.steps
+    monkeypatch.setattr(Run, "steps", lambda *args: ((seen.append(pair), pair)[1] for pair in steps(*args)))
+    train(tmp_path, "--steps=3", "--seed=5")
+    images = load_dataset("digits").train_images
+    assert [step for step, _ in seen] == [1, 2, 3]
+    assert all(torch.equal(batch, images[batch_indices(1500, 16, 5, step - 1)]) for step, batch in seen)
+
+
+# Stops
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_signal_stops_at_the_end_of_a_step(finished_run, tmp_path, capsys, stop_at, signum):
+    stop_at(13, tmp_path, *STEPS, signum=signum)
+    printed = capsys.readouterr()
+    assert "stopped at step 13; run the same command again to go on" in printed.out and not printed.err
+    assert load_checkpoint(tmp_path)["progress"]["step"] == 13
+    stopped = rows(tmp_path)
+    assert [row["step"] for row in stopped] == ["5", "10"]
+    train(tmp_path, *STEPS)
+    assert "going on from step 13" in capsys.readouterr().out
+    assert rows(tmp_path)[:2] == stopped and same_run(tmp_path, finished_run) and not archives(tmp_path)
+
+
+def test_ctrl_c_then_the_same_command_goes_on(finished_run, tmp_path):
+    """In a process of its own each time, with steps so slow that the signal comes at any moment of one."""
+    command = [sys.executable, ROOT / "train.py", f"--out-dir={tmp_path}", *SMALL, *STEPS]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT) as process:
+        assert any("step 10/" in line for line in process.stdout)
+        process.send_signal(signal.SIGINT)
+        printed = process.stdout.read()
+    step = load_checkpoint(tmp_path)["progress"]["step"]
+    assert process.returncode == 130 and 10 <= step < 30 and "Traceback" not in printed
+    assert f"stopped at step {step}; run the same command again to go on" in printed
+    done = program("train.py", *command[2:])
+    assert done.returncode == 0 and f"going on from step {step}" in done.stdout, done.stderr
+    assert same_run(tmp_path, finished_run)
+
+
+def test_hangup_under_nohup_is_ignored(tmp_path, in_step):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    in_step(2, lambda: signal.raise_signal(signal.SIGHUP))
+    train(tmp_path, "--steps=4")
+    assert load_checkpoint(tmp_path)["progress"]["step"] == 4
+
+
+def test_signal_in_the_last_step_lets_it_finish(finished_run, tmp_path, in_step):
+    in_step(30, lambda: signal.raise_signal(signal.SIGTERM))
+    train(tmp_path, *STEPS)
+    assert same_run(tmp_path, finished_run)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("way", "cut", "levels"), [("--ema", 1, 1), ("--no-ema", 13, 1), ("--ema", 13, 2)])
+def test_going_on_is_exact_to_the_bit(tmp_path, stop_at, way, cut, levels, precision):
+    """Stop between lines and saves, and go on in a new process; 1,000 codes take two batches to start."""
+    flags = [way, f"--precision={precision}", "--codebook-size=1000", "--decay=0.5", "--revive-below=0.9"]
+    flags = [*flags, f"--levels={levels}", "--steps=24", "--save-every=8"]
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    train(whole, *flags)
+    stop_at(cut, halves, *flags)
+    assert load_checkpoint(halves)["progress"]["step"] == cut
+    done = program("train.py", f"--out-dir={halves}", *SMALL, *flags)
+    assert done.returncode == 0, done.stderr
+    assert same_run(halves, whole)
+    counts = load_checkpoint(whole)["model"]["levels.0.quantizer.ema_counts"]
+    assert counts.unique(return_counts=True)[1].max() > 50  # many codes revived together
+
+
+def test_images_on_disk_make_the_same_run(folder, tmp_path, stop_at):
+    """Read ahead by workers, stopped and gone on with, it is the run on images in memory."""
+    flags = [f"--dataset={folder}", "--levels=2", "--steps=12", "--save-every=4"]
+    train(tmp_path / "memory", *flags)
+    stop_at(5, tmp_path / "disk", *flags, "--memory-limit=0")
+    done = program("train.py", f"--resume={tmp_path / 'disk'}", "--device=cpu")
+    assert done.returncode == 0, done.stderr
+    assert load_checkpoint(tmp_path / "disk")["args"]["memory_limit"] == 0
+    assert same_run(tmp_path / "disk", tmp_path / "memory")
+
+
+def test_folder_that_vanishes_ends_the_run(tmp_path, in_step, capsys):
+    folder, moved = tmp_path / "results", tmp_path / "moved"
+
+    def vanish():
+        folder.rename(moved)
+        folder.write_text("a file now")
+
+    in_step(11, vanish)
+    with pytest.raises(SystemExit) as ended:
+        train(folder, "--steps=40", "--save-every=7")
+    printed = capsys.readouterr().err
+    assert ended.value.code == 1 and printed.count("\n") == 1 and "cannot go on after step 14" in printed
+    assert load_checkpoint(moved)["progress"]["step"] == 7
+
+
+def test_images_that_vanish_end_the_run(folder, tmp_path):
+    flags = [f"--dataset={folder}", f"--out-dir={tmp_path}", "--memory-limit=0"]
+    flags += ["--steps=99", "--save-every=25", "--log-every=25"]  # farther apart than workers decode ahead
+    done = program("lose_images.py", folder, *SMALL, *flags)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "cannot be decoded" in done.stderr and "the checkpoint of step 25 is whole" in done.stderr
+
+
+@pytest.mark.parametrize("way", ["--ema", "--no-ema"])
+def test_divergence_ends_the_run_before_it_saves(tmp_path, capsys, way):
+    """The message names the last finite checkpoint, and halves the learning rates to go on with."""
+    with pytest.raises(SystemExit) as ended:
+        train(tmp_path, "--steps=40", "--save-every=5", "--lr=1e20", way)
+    printed = capsys.readouterr().err
+    saved = load_checkpoint(tmp_path)
+    assert ended.value.code == 1 and printed.count("\n") == 1
+    assert "diverged after step" in printed and "NaN or infinite; lower the learning rate" in printed
+    assert f"the checkpoint of step {saved['progress']['step']} is whole" in printed
+    advice = printed.strip().split("to go on: ")[1]  # by the same steps it would diverge again
+    assert script.parse_args(advice.split()[2:]).lr == 5e19
+    with pytest.raises(SystemExit):
+        script.main(script.parse_args([*advice.split()[2:], "--codebook-lr=1"]))
+    assert capsys.readouterr().err.strip().endswith("--lr 2.5e+19 --codebook-lr 0.5")
+    assert all(value.isfinite().all() for value in saved["model"].values())
+    logged = "".join(path.read_text() for path in tmp_path.glob("metrics.csv"))  # none if the first line diverged
+    assert "nan" not in logged and "inf" not in logged
+
+
+# Going on, or making way
+
+
+def test_finished_run_makes_way(trained_run, finished_run, capsys):
+    train(trained_run, *STEPS)
+    (archive,) = archives(trained_run)
+    assert f"moved the earlier run in {trained_run} to {archive}: it is finished" in capsys.readouterr().out
+    assert same_run(trained_run, finished_run) and same_run(archive, finished_run)
+
+
+def test_run_of_other_flags_makes_way(tmp_path, stop_at, capsys):
+    stop_at(13, tmp_path, *STEPS)
+    train(tmp_path, "--steps=2", "--save-every=10", "--no-kmeans-start")
+    assert ": it was started with other flags (--steps, --kmeans-start)" in sorted_flags(capsys.readouterr().out)
+    (archive,) = archives(tmp_path)
+    assert load_checkpoint(archive)["progress"]["step"] == 13 and load_checkpoint(tmp_path)["progress"]["step"] == 2
+
+
+def sorted_flags(printed):
+    """Return what was printed, with the two flags that the message names in the order of --help."""
+    return printed.replace("(--kmeans-start, --steps)", "(--steps, --kmeans-start)")
+
+
+def test_run_of_other_code_makes_way(tmp_path, stop_at, capsys):
+    stop_at(13, tmp_path, *STEPS)
+    save_checkpoint(tmp_path, load_checkpoint(tmp_path) | {"code": "that of another day"})
+    train(tmp_path, *STEPS)
+    printed = capsys.readouterr().out
+    assert ": the code has changed since; --resume would have gone on" in printed and "going on from" not in printed
+    (archive,) = archives(tmp_path)
+    assert load_checkpoint(archive)["progress"]["step"] == 13
+
+
+def test_run_of_other_code_goes_on_by_resume(tmp_path, stop_at, finished_run, capsys):
+    stop_at(13, tmp_path, *STEPS)
+    save_checkpoint(tmp_path, load_checkpoint(tmp_path) | {"code": "that of another day"})
+    script.main(script.parse_args([f"--resume={tmp_path}"]))
+    assert "going on from step 13" in capsys.readouterr().out and same_run(tmp_path, finished_run)
+
+
+def test_run_of_other_images_makes_way(folder, tmp_path, stop_at, capsys):
+    flags = (f"--dataset={folder}", "--steps=9")
+    stop_at(4, tmp_path / "run", *flags)
+    (folder / "train" / "cat" / "0.png").rename(folder / "train" / "cat" / "renamed.png")
+    train(tmp_path / "run", *flags)
+    assert "its images changed" in capsys.readouterr().out
+    (archive,) = archives(tmp_path / "run")
+    assert load_checkpoint(archive)["progress"]["step"] == 4
+
+
+def test_fresh_starts_anew(tmp_path, stop_at, finished_run, capsys):
+    stop_at(13, tmp_path, *STEPS)
+    train(tmp_path, *STEPS, "--fresh")
+    assert ": --fresh" in capsys.readouterr().out and same_run(tmp_path, finished_run)
+    (archive,) = archives(tmp_path)
+    assert load_checkpoint(archive)["progress"]["step"] == 13
+
+
+def test_fresh_run_goes_on_without_the_flag(tmp_path, stop_at, finished_run):
+    stop_at(13, tmp_path, *STEPS, "--fresh")
+    train(tmp_path, *STEPS)
+    assert same_run(tmp_path, finished_run) and not archives(tmp_path)
+
+
+def test_fresh_and_resume_exclude_each_other(capsys, trained_run):
+    assert "leave out one of them" in refusal(capsys, script, f"--resume={trained_run}", "--fresh")
+
+
+def test_damaged_checkpoint_is_not_overwritten(tmp_path, stop_at, capsys):
+    """The same command refuses it, and says how to start anew."""
+    stop_at(13, tmp_path, *STEPS)
+    (tmp_path / "checkpoint.pt").write_bytes(b"damaged")
+    printed = refusal(capsys, script, f"--out-dir={tmp_path}", *SMALL, *STEPS)
+    assert "to go on from step 10 instead: cp " in printed and "or start anew with --fresh" in printed
+    assert (tmp_path / "checkpoint.pt").read_bytes() == b"damaged" and not archives(tmp_path)
+    train(tmp_path, "--steps=1", "--fresh")
+    assert (archives(tmp_path)[0] / "checkpoint.pt").read_bytes() == b"damaged"
+
+
+def test_bad_images_stop_the_run_before_it_moves(capsys, folder, trained_run):
+    (folder / "train" / "cat" / "0.png").write_bytes(b"")
+    before = {path.name for path in trained_run.iterdir()}
+    assert "train/cat/0.png" in refusal(capsys, script, f"--dataset={folder}", f"--out-dir={trained_run}")
+    assert {path.name for path in trained_run.iterdir()} <= before | {"images.pt"}
+
+
+def test_batch_larger_than_the_data_is_refused(capsys, trained_run):
+    before = {path.name for path in trained_run.iterdir()}
+    printed = refusal(capsys, script, "--dataset=digits", "--batch-size=1501", f"--out-dir={trained_run}")
+    assert "--batch-size 1501 is not from 1 (processes) to 1500 (training images)" in printed
+    assert {path.name for path in trained_run.iterdir()} == before
+
+
+# --resume
+
+
+def test_resume_goes_on_as_the_same_command(tmp_path, stop_at, finished_run):
+    """And when it is stopped again, the first command goes on."""
+    stop_at(3, tmp_path, *STEPS)
+    stop_at(13, tmp_path, call=lambda folder: script.main(script.parse_args([f"--resume={folder}"])))
+    train(tmp_path, *STEPS)
+    assert same_run(tmp_path, finished_run) and not archives(tmp_path)
+
+
+def test_resume_may_change_the_length(tmp_path, stop_at, capsys):
+    """Stopped again, it goes on by the first command with the new length; the old length is another run."""
+    stop_at(13, tmp_path, *STEPS)
+    stop_at(33, tmp_path, call=lambda folder: script.main(script.parse_args([f"--resume={folder}", "--steps=40"])))
+    train(tmp_path, *STEPS, "--steps=40")
+    assert "going on from step 33" in capsys.readouterr().out and not archives(tmp_path)
+    assert [int(row["step"]) for row in rows(tmp_path)] == list(range(5, 41, 5))
+
+
+def test_resumed_longer_run_keeps_its_measurements(trained_run):
+    """What was measured at the old last step stays, though it is none of the new steps to save at."""
+    before = (trained_run / "metrics.csv").read_text()
+    script.main(script.parse_args([f"--resume={trained_run}", "--steps=40", "--save-every=1000", "--log-every=1000"]))
+    text = (trained_run / "metrics.csv").read_text()
+    assert text.startswith(before) and [row["step"] for row in rows(trained_run)][-2:] == ["30", "40"]
+
+
+def test_resume_refuses_contradicting_flags(capsys, trained_run):
+    """It names both values."""
+    for flag, value, saved in (("--codebook-size", 64, 32), ("--dataset", "mnist", "digits"), ("--width", 9, 8)):
+        printed = refusal(capsys, script, f"--resume={trained_run}", flag, value)
+        assert f"{flag} is {value}, but the run in {trained_run} has {saved}" in printed
+    assert "checkpoint" in refusal(capsys, script, "--resume", "n" * 300)
+    printed = refusal(capsys, script, f"--resume={trained_run}", "--steps=40", "--out-dir=elsewhere")
+    assert "leave out --out-dir" in printed
+
+
+@pytest.mark.parametrize("steps", [(), ("--steps=30",), ("--steps=20",)])
+def test_resume_refuses_a_finished_run(capsys, trained_run, steps):
+    before = (trained_run / "checkpoint.pt").read_bytes()
+    printed = refusal(capsys, script, f"--resume={trained_run}", *steps)
+    assert "has done its 30 steps; give more with --steps" in printed
+    assert (trained_run / "checkpoint.pt").read_bytes() == before
+
+
+def test_resume_refuses_a_length_already_trained(tmp_path, stop_at, capsys):
+    """A stopped run has no summary for a step in its midst."""
+    stop_at(13, tmp_path, *STEPS)
+    for steps in (12, 13):
+        assert "give more with --steps" in refusal(capsys, script, f"--resume={tmp_path}", f"--steps={steps}")
+
+
+def test_learning_rates_may_change_on_resume(prior_run, tmp_path):
+    """And then hold for the steps that follow."""
+    for module, name, second in ((script, "checkpoint", "--codebook-lr"), (prior_script, "prior", "--embedding-lr")):
+        run = shutil.copytree(prior_run, tmp_path / name)
+        steps = load_checkpoint(run, name)["progress"]["step"] + 1
+        module.main(module.parse_args([f"--resume={run}", f"--steps={steps}", "--lr=1e-9", f"{second}=2e-9"]))
+        saved = load_checkpoint(run, name)
+        optimizers = [saved[key] for key in (["optimizer"] if name == "checkpoint" else ["muon", "adamw"])]
+        share = 0.5 * (1 + math.cos(math.pi * (steps - 1) / steps))
+        rates = [group["lr"] for optimizer in optimizers for group in optimizer["param_groups"]]
+        assert rates == pytest.approx([1e-9 * share, 2e-9 * share])
+
+
+@pytest.mark.parametrize("change", ["train/cat/0.png", "test/dog/3.png"])
+def test_resume_refuses_other_images(capsys, folder, tmp_path, change):
+    train(tmp_path / "run", f"--dataset={folder}", "--steps=2")
+    (folder / change).rename(folder / Path(change).parent / "renamed.png")
+    printed = refusal(capsys, script, f"--resume={tmp_path / 'run'}", "--steps=4")
+    renamed = f"{Path(change).parent}/renamed.png"
+    assert f"as it was: 1 added ({renamed} ...), 1 removed ({change} ...)" in printed
+
+
+def test_resume_finds_images_where_they_are_now(folder, tmp_path):
+    train(tmp_path / "run", f"--dataset={folder}", "--steps=2")
+    moved = folder.rename(tmp_path / "cats, $dogs$")
+    for steps in (12, 14):
+        again = [f"--resume={tmp_path / 'run'}", f"--dataset={moved}", f"--steps={steps}"]
+        script.main(script.parse_args(again))
+    assert [row["step"] for row in rows(tmp_path / "run")] == ["2", "5", "10", "12", "14"]  # the comma costs no line
+
+
+def test_metrics_go_on_without_gap_or_duplicate(finished_run, trained_run):
+    """The process died after the checkpoint of step 20: its later lines are done again, the last one was cut."""
+    shutil.copy(trained_run / "checkpoint_previous.pt", trained_run / "checkpoint.pt")
+    text = (trained_run / "metrics.csv").read_text()
+    (trained_run / "metrics.csv").write_text(text + "20,0.1\n2")
+    script.main(script.parse_args([f"--resume={trained_run}"]))
+    assert (trained_run / "metrics.csv").read_bytes() == (finished_run / "metrics.csv").read_bytes()
+    assert same_run(trained_run, finished_run)
+
+
+# The prior's run
+
+
+def test_stopped_prior_goes_on_by_the_same_command(trained_run, prior_run, stop_at, capsys):
+    flags = ("--steps=8", "--save-every=4")
+    stop_at(5, trained_run, *flags, call=train_prior)
+    train_prior(trained_run, *flags)
+    assert "going on from step 5" in capsys.readouterr().out and not archives(trained_run)
+    for name in ("prior_metrics.csv", "prior_curves.png", "samples_000004.png", "samples_000008.png"):
+        assert (trained_run / name).read_bytes() == (prior_run / name).read_bytes()
+
+
+def test_prior_of_a_trained_on_vqvae_makes_way(generating_run, stop_at, capsys):
+    """Its codes are those of another VQ-VAE now."""
+    stop_at(3, generating_run, "--steps=6", call=train_prior)
+    script.main(script.parse_args([f"--resume={generating_run}", "--steps=32"]))
+    capsys.readouterr()
+    train_prior(generating_run, "--steps=6")
+    printed = capsys.readouterr().out
+    assert "changed" in printed.split("its vqvae")[1].splitlines()[0]
+    assert load_checkpoint(generating_run, "prior")["progress"]["step"] == 6
+    printed = refusal(capsys, prior_script, f"--run={generating_run}", *TINY, "--batch-size=1426")
+    assert "1 (processes) to 1425 (training images)" in printed
+
+
+def test_command_to_go_on_can_be_pasted(tmp_path, capsys):
+    """Whatever the folder's name."""
+    folder = tmp_path / "my run's"
+    with pytest.raises(SystemExit):
+        train(folder, "--steps=40", "--save-every=5", "--lr=1e20")
+    words = shlex.split(capsys.readouterr().err.strip().split("to go on: ")[1])
+    assert words[0] == sys.executable and Path(words[1]).samefile(ROOT / "train.py")
+    assert words[2:4] == ["--resume", str(folder)]

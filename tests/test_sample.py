@@ -1,0 +1,170 @@
+"""From a trained VQ-VAE and its prior to new images, by the commands that a user gives."""
+
+import shutil
+
+from harness import data
+from harness.data import load_dataset, to_pixels
+
+import numpy as np
+import pytest
+import torch
+from conftest import refusal, save, train, train_prior
+from PIL import Image
+
+import sample as sample_script
+from sample import load_run, sample
+
+
+def draw(folder, *flags):
+    sample_script.main(sample_script.parse_args([f"--run={folder}", *map(str, flags)]))
+
+
+def test_samples_are_images_that_a_seed_fixes(prior_run):
+    model, prior = load_run(prior_run)
+    images = sample(model, prior, num=12, classes=[3, 7], seed=1)
+    assert images.shape == (12, 1, 28, 28) and images.dtype == torch.uint8
+    assert torch.equal(images, sample(model, prior, num=12, classes=[3, 7], seed=1))
+    assert not torch.equal(images, sample(model, prior, num=12, classes=[3, 7], seed=2))
+
+
+def test_samples_differ_by_class(prior_run):
+    """Take the likeliest image of each class from a prior whose label matters."""
+    model, prior = load_run(prior_run)
+    torch.nn.init.normal_(prior.label.weight, std=10)
+    images = sample(model, prior, num=10, temperature=1e-6)
+    assert len(images.flatten(1).unique(dim=0)) > 2
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The pictures drawn so far: path, rows and title of each."""
+    calls = []
+    save_samples = sample_script.figures.save_samples
+    monkeypatch.setattr(sample_script.figures, "save_samples", lambda *args: (calls.append(args), save_samples(*args)))
+    return calls
+
+
+def test_writes_a_row_per_class_and_files(generating_run, drawn, tmp_path):
+    out = tmp_path / "single"
+    draw(generating_run, "--num=6", "--classes=7,3", "--seed=5", "--top-k=9", "--guidance=2", "--out", out)
+    [(path, rows, _, names)] = drawn
+    assert list(names) == ["7", "3"]
+    expected = sample(*load_run(generating_run), num=6, classes=[7, 3], seed=5, top_k=9, guidance=2)
+    assert path == generating_run / "samples.png" and path.is_file() and len(rows) == 2
+    assert torch.equal(torch.cat(list(rows)), expected)
+    files = sorted(out.iterdir())
+    assert len(files) == 6
+    for file, image in zip(files, expected):
+        assert np.array_equal(np.asarray(Image.open(file)), image[0].numpy())  # grey, as it was learnt
+
+
+def test_few_large_images_are_drawn_at_once(prior_run, monkeypatch):
+    drawn, original = [], sample_script.generate
+    monkeypatch.setattr(sample_script, "generate", lambda *a, **o: drawn.append(original(*a, **o)) or drawn[-1])
+    monkeypatch.setattr(data, "CHUNK_PIXELS", 3 * 28 * 28 + 1)
+    assert sample(*load_run(prior_run), num=10).shape == (10, 1, 28, 28)
+    assert [len(codes) for codes in drawn] == [3, 3, 3, 1]
+
+
+def test_no_class_is_left_out_whatever_the_number(prior_run):
+    _, prior = load_run(prior_run)
+    for num in (10, 11, 15, 99):
+        counts = torch.bincount(sample_script.labels_of(prior, num), minlength=10)
+        assert counts.sum() == num and counts.max() - counts.min() <= 1
+
+
+def test_images_are_completed_from_their_first_codes(generating_run, drawn, monkeypatch, tmp_path):
+    image = load_dataset("digits", "").test_images[0]
+    Image.fromarray(image[0].numpy()).save(tmp_path / "digit.png")
+    codes, original = [], sample_script.generate
+    monkeypatch.setattr(
+        sample_script, "generate", lambda *args, **options: codes.append(original(*args, **options)) or codes[-1]
+    )
+    draw(generating_run, "--complete", tmp_path / "digit.png", "--keep=0.6")
+    [(path, [row], *_)] = drawn
+    assert path.name == "completed.png" and len(row) == 1 + sample_script.COMPLETIONS
+    assert torch.equal(row[0], image) and len(row[1:].flatten(1).unique(dim=0)) > 1
+    model, _ = load_run(generating_run)
+    given = model.encode(to_pixels(image[None], "cpu"))[0].flatten()[:29]
+    assert (codes[0][:, :29] == given).all()
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_folder_without_classes_runs_from_train_to_sample(tmp_path, levels):
+    """Non-square, in colour, unlabelled, one and two levels."""
+    for i in range(60):
+        save(tmp_path / "photos" / f"{i}.png")
+    folder = tmp_path / "results"
+    train(folder, f"--dataset={tmp_path / 'photos'}", f"--levels={levels}", "--steps=3")
+    train_prior(folder, "--steps=3", "--batch-size=8")
+    model, prior = load_run(folder)
+    assert prior.classes == 0 and prior.length == (12 if levels == 1 else 2 * 2 + 4 * 4)
+    assert sample(model, prior, num=5).shape == (5, 3, 12, 16)
+    draw(folder, "--num=7")
+    draw(folder, "--complete", tmp_path / "photos" / "0.png")
+    assert (
+        "the prior was trained on 0 classes"
+        in pytest.raises(ValueError, sample, model, prior, classes=[1]).value.args[0]
+    )
+
+
+def test_run_without_checkpoint_or_prior_is_refused(capsys, tmp_path, trained_run):
+    assert f"{tmp_path} holds no checkpoint.pt" in refusal(capsys, sample_script, "--run", tmp_path)
+    assert "holds no prior.pt; name the folder of a run of train_prior.py" in refusal(
+        capsys, sample_script, "--run", trained_run
+    )
+
+
+def test_prior_of_another_vqvae_is_refused(capsys, generating_run, tmp_path):
+    train(tmp_path / "other", "--steps=1")
+    shutil.copy(tmp_path / "other" / "checkpoint.pt", generating_run)
+    printed = refusal(capsys, sample_script, "--run", generating_run)
+    assert "belongs to another VQ-VAE, of step 30, than the one there, of step 1; train it anew" in printed
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--classes", "3,10", "there is no class 10; there are 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"),
+        ("--classes", "3;7", "there is no class 3;7"),
+        ("--temperature", "0", "must be above 0"),
+        ("--temperature", "nan", "must be above 0"),
+        ("--temperature", "hot", "invalid float value"),
+        ("--top-p", "-1", "must be above 0"),
+        ("--top-p", "95", "must be at most 1"),
+        ("--guidance", "1e39", "guidance"),
+        ("--top-k", "-1", "top-k"),
+        ("--num", "0", "num"),
+        ("--keep", "1.5", "keep"),
+        ("--complete", "none.png", "none.png is not there"),
+    ],
+)
+def test_bad_flag_is_named_in_one_line(capsys, prior_run, flag, value, message):
+    assert message in refusal(capsys, sample_script, "--run", prior_run, f"{flag}={value}")
+
+
+def test_completing_takes_no_class_and_no_number(capsys, prior_run):
+    assert "leave out --classes and --num" in refusal(
+        capsys, sample_script, "--run", prior_run, "--complete=a.png", "--classes=3"
+    )
+
+
+def test_mistyped_run_leaves_no_folder(capsys, tmp_path):
+    refusal(capsys, sample_script, "--run", tmp_path / "typo")
+    assert not (tmp_path / "typo").exists()
+
+
+def test_single_images_never_fall_among_others(capsys, prior_run, tmp_path):
+    (tmp_path / "00000.png").write_bytes(b"mine")
+    assert "is there already; name a new folder" in refusal(
+        capsys, sample_script, "--run", prior_run, "--out", tmp_path
+    )
+    assert (tmp_path / "00000.png").read_bytes() == b"mine"
+
+
+def test_completes_images_of_another_size(prior_run, drawn, tmp_path):
+    """They are scaled until they cover the size of the training, and cropped at the centre."""
+    pixels = save(tmp_path / "wide.png", (28, 40), "L")
+    draw(prior_run, "--complete", tmp_path / "wide.png")
+    [(_, [row], *_)] = drawn
+    assert np.array_equal(row[0, 0].numpy(), pixels[:, 6:34])

@@ -1,0 +1,356 @@
+"""Files are whole or absent, a checkpoint is what was written or refused, and no run overwrites another."""
+
+import ast
+import errno
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from harness import storage
+from harness.storage import (
+    Damaged,
+    OtherVersion,
+    load_checkpoint,
+    make_way,
+    read_state,
+    save_checkpoint,
+    trim_metrics,
+    whole_file,
+    write_state,
+    write_whole,
+)
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, program, refusal, rows, same_state, train
+
+import evaluate
+import train as script
+
+STATE = {"weights": torch.arange(1000.0), "names": ["a", "b"], "step": 7, "nested": {"seconds": 0.5}}
+
+
+# Files that are whole or absent
+
+
+def test_file_is_synced_before_it_replaces(tmp_path, monkeypatch):
+    """Else a power cut can leave the new name with nothing in it."""
+    done = []
+    for name in ("fsync", "replace"):
+        original = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda *args, name=name, original=original: (done.append(name), original(*args))[1]
+        )
+    write_whole(tmp_path / "a.txt", "text")
+    write_state(tmp_path / "a.pt", STATE)
+    assert done == ["fsync", "replace"] * 2
+
+
+def test_everything_is_written_before_the_sync(tmp_path, monkeypatch):
+    sizes, original = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (sizes.append(os.fstat(file).st_size), original(file))[1])
+    write_whole(tmp_path / "a.txt", "text")
+    write_state(tmp_path / "a.pt", STATE)
+    assert sizes == [4, (tmp_path / "a.pt").stat().st_size]
+
+
+def test_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    write_whole(path, "before")
+    with pytest.raises(OSError, match=r"no room: .*a\.txt"), whole_file(path) as file:
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "no room")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"] and path.read_text() == "before"
+
+
+def test_temporary_names_are_random(tmp_path):
+    names = set()
+    for _ in range(20):
+        with whole_file(tmp_path / "a.txt"):
+            names |= {path.name for path in tmp_path.glob("*.tmp")}
+    assert len(names) == 20 and all(re.fullmatch(r"a\.txt\.[0-9a-f]{16}\.tmp", name) for name in names)
+
+
+def test_link_under_a_temporary_name_is_not_followed(tmp_path, monkeypatch):
+    """Someone else who may write to the folder must not have us overwrite a file elsewhere."""
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    monkeypatch.setattr("secrets.token_hex", lambda _: "guessed")
+    (tmp_path / "a.pt.guessed.tmp").symlink_to(victim)
+    with pytest.raises(FileExistsError):
+        write_state(tmp_path / "a.pt", STATE)
+    assert victim.read_text() == "mine" and not (tmp_path / "a.pt").exists()
+
+
+def test_link_in_place_of_a_file_is_replaced(tmp_path):
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "summary.json").symlink_to(tmp_path / "victim")
+    write_whole(tmp_path / "summary.json", "{}")
+    assert (tmp_path / "victim").read_text() == "mine" and not (tmp_path / "summary.json").is_symlink()
+
+
+# Checkpoints
+
+
+def test_state_comes_back_with_its_digest(tmp_path):
+    write_state(tmp_path / "a.pt", STATE)
+    state, digest = read_state(tmp_path / "a.pt")
+    assert same_state(state, STATE) and len(digest) == 64
+    assert same_state(torch.load(tmp_path / "a.pt", weights_only=True), STATE)  # a reader needs no module of ours
+    write_state(tmp_path / "b.pt", STATE | {"step": 8})
+    assert read_state(tmp_path / "b.pt")[1] != digest
+
+
+def test_damaged_bits_are_always_found(trained_run):
+    """Random bits, and every one of the last 500 bytes: the zip's index and the digest itself."""
+    path = trained_run / "checkpoint.pt"
+    whole, places = path.read_bytes(), random.Random(0)
+    bits = [places.randrange(8 * len(whole)) for _ in range(300)]
+    bits += [8 * place + places.randrange(8) for place in range(len(whole) - 500, len(whole))]
+    for bit in bits:
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with pytest.raises(Damaged, match="checkpoint.pt"):
+            read_state(path)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged.* to go on from step 20 instead: cp "):
+        load_checkpoint(trained_run)
+
+
+@pytest.mark.parametrize("length", [0, 1, 72, 73, 74, 500, -1000, -1])
+def test_file_cut_short_is_damaged(tmp_path, length):
+    write_state(tmp_path / "a.pt", STATE)
+    whole = (tmp_path / "a.pt").read_bytes()
+    (tmp_path / "a.pt").write_bytes(whole[:length])
+    with pytest.raises(Damaged, match="a.pt"):
+        read_state(tmp_path / "a.pt")
+    (tmp_path / "a.pt").write_bytes(whole + b"\0")
+    with pytest.raises(Damaged, match="a.pt"):
+        read_state(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a checkpoint", "truncated", "foreign", "incomplete", "newer"])
+def test_every_script_refuses_a_bad_checkpoint(capsys, trained_run, content):
+    path = trained_run / "checkpoint.pt"
+    (trained_run / "checkpoint_previous.pt").unlink()
+    if content is None:
+        path.unlink()
+    elif content == "truncated":
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif content == "foreign":
+        torch.save(torch.nn.Linear(2, 2).state_dict(), path)
+    elif content == "incomplete":
+        write_state(path, {"format": storage.FORMAT})
+    elif content == "newer":
+        torch.save({"format": 99}, path)
+    else:
+        path.write_bytes(content)
+    assert "checkpoint" in refusal(capsys, script, f"--resume={trained_run}")
+    assert "checkpoint" in refusal(capsys, evaluate, f"--run={trained_run}")
+
+
+class Malicious:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+def test_loading_a_checkpoint_executes_nothing(capsys, trained_run):
+    path = trained_run / "checkpoint.pt"
+    write_state(path, {"format": storage.FORMAT, "args": Malicious()})
+    assert "holds more than tensors and plain values" in refusal(capsys, script, f"--resume={trained_run}")
+    torch.save({"format": storage.FORMAT, "args": Malicious()}, path)  # without a digest
+    assert "checkpoint.pt is damaged" in refusal(capsys, script, f"--resume={trained_run}")
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_damaged_checkpoint_names_the_one_before(trained_run, capsys):
+    """The command in the message brings it back, and the run goes on from there."""
+    (trained_run / "checkpoint.pt").write_bytes(b"")
+    printed = refusal(capsys, script, f"--resume={trained_run}", "--steps=40")
+    advice = printed.strip().split("to go on from step 20 instead: ")[1]
+    subprocess.run(advice.split(), check=True)
+    assert load_checkpoint(trained_run)["progress"]["step"] == 20
+    script.main(script.parse_args([f"--resume={trained_run}", "--steps=40"]))
+    assert [int(row["step"]) for row in rows(trained_run)] == [5, 10, 15, 20, 25, 30, 35, 40]
+
+
+def test_poisoned_state_is_never_saved(trained_run):
+    before = load_checkpoint(trained_run)
+    for part in ("model", "moments"):
+        poisoned = load_checkpoint(trained_run)
+        bias = poisoned["model"]["levels.0.encoder.1.bias"]
+        (bias if part == "model" else poisoned["optimizer"]["state"][0]["exp_avg_sq"])[0] = torch.inf
+        with pytest.raises(FloatingPointError, match="NaN or infinite"):
+            save_checkpoint(trained_run, poisoned)
+    assert same_state(load_checkpoint(trained_run), before)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files")
+def test_checkpoint_without_room_leaves_the_one_before(trained_run):
+    state = load_checkpoint(trained_run)
+    files = sorted(path.name for path in trained_run.iterdir())
+    done = program("save_over_limit.py", trained_run)
+    assert "File too large" in done.stdout and "checkpoint.pt" in done.stdout, done.stderr
+    assert same_state(load_checkpoint(trained_run), state)
+    assert sorted(path.name for path in trained_run.iterdir()) == files
+
+
+def write_format_3(folder):
+    """Replace the checkpoint by one as commit b121742 wrote it: a bare zip without a digest."""
+    torch.save({"format": 3, "args": {"steps": 30}, "progress": {"step": 20}}, folder / "checkpoint.pt")
+    (folder / "checkpoint_previous.pt").unlink()
+
+
+def test_older_format_is_refused_with_a_remedy(trained_run, capsys):
+    write_format_3(trained_run)
+    with pytest.raises(OtherVersion):
+        load_checkpoint(trained_run)
+    for call, flag in ((script, "--resume"), (evaluate, "--run")):
+        printed = refusal(capsys, call, f"{flag}={trained_run}")
+        assert f"format 3, this version reads {storage.FORMAT}; train again, or use the version that wrote" in printed
+
+
+def test_older_format_makes_way_for_a_new_run(trained_run, capsys):
+    write_format_3(trained_run)
+    train(trained_run, "--steps=2")
+    printed = capsys.readouterr().out
+    assert f"moved the earlier run in {trained_run} to" in printed and "has format 3" in printed
+    (archive,) = (path for path in trained_run.iterdir() if path.is_dir())
+    assert torch.load(archive / "checkpoint.pt")["format"] == 3 and (archive / "summary.json").is_file()
+    assert load_checkpoint(trained_run)["progress"]["step"] == 2
+
+
+# The folder of a run
+
+
+def test_earlier_run_moves_to_a_dated_folder(trained_run, capsys):
+    """Its files are moved as they are; whatever else is in the folder stays."""
+    (trained_run / "notes.txt").write_text("mine")
+    stay = {"notes.txt", ".lock", ".lock.pid"}
+    earlier = {p.name: p.read_bytes() for p in trained_run.iterdir() if p.name not in stay}
+    train(trained_run, "--steps=2")
+    (archive,) = (p for p in trained_run.iterdir() if p.is_dir())
+    assert {p.name: p.read_bytes() for p in archive.iterdir()} == earlier
+    assert f"moved the earlier run in {trained_run} to {archive}" in capsys.readouterr().out
+    assert (trained_run / "notes.txt").read_text() == "mine"
+    assert len(rows(trained_run)) == 1
+
+
+def test_killed_move_goes_on_into_the_same_folder(tmp_path, monkeypatch):
+    for i, name in enumerate(("metrics.csv", "summary.json", "checkpoint.pt")):
+        (tmp_path / name).write_text(name)
+        os.utime(tmp_path / name, (1e9 + i, 1e9 + i))
+    rename, moved = Path.rename, []
+
+    def killed(path, target):
+        if len(moved) == 2:
+            raise KeyboardInterrupt
+        moved.append(rename(path, target))
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", killed)
+        make_way(tmp_path)
+    make_way(tmp_path)
+    (archive,) = tmp_path.iterdir()
+    assert {path.name for path in archive.iterdir()} == {"metrics.csv", "summary.json", "checkpoint.pt"}
+
+
+def test_runs_of_the_same_second_move_apart(tmp_path):
+    for text in ("first", "second"):
+        (tmp_path / "metrics.csv").write_text(text)
+        os.utime(tmp_path / "metrics.csv", (1e9, 1e9))
+        make_way(tmp_path)
+    assert sorted(path.read_text() for path in tmp_path.glob("*/metrics.csv")) == ["first", "second"]
+
+
+def test_second_run_in_a_folder_is_refused(tmp_path, capsys):
+    """One line names the process that writes there; killed, it leaves nothing to clean."""
+    flags = [f"--out-dir={tmp_path}", *SMALL, "--steps=3000"]
+    command = [sys.executable, ROOT / "train.py", *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert any("step 5/" in line for line in process.stdout)
+        (tmp_path / "metrics.csv.0123456789abcdef.tmp").write_text("half written")
+        printed = refusal(capsys, script, *flags, "--fresh")
+        assert f"another run, process {process.pid}, is writing into {tmp_path}" in printed
+        assert not [path for path in tmp_path.iterdir() if path.is_dir()]  # nothing was moved
+        process.send_signal(signal.SIGKILL)
+    train(tmp_path, "--steps=2")
+    assert load_checkpoint(tmp_path)["progress"]["step"] == 2 and not list(tmp_path.glob("*.tmp"))
+
+
+def test_refused_run_unlocks_its_folder(tmp_path, capsys):
+    """A notebook's process lives on after a mistake."""
+    with pytest.raises(SystemExit) as refused:  # holds the frames of the refused run
+        train(tmp_path, "--batch-size=1501")
+    assert refused.value.code == 2 and "--batch-size 1501" in capsys.readouterr().err
+    train(tmp_path, "--steps=1")
+    assert (tmp_path / "summary.json").is_file()
+
+
+def test_unwritable_folder_is_refused_before_data_loads(capsys, trained_run, monkeypatch):
+    monkeypatch.setattr(script, "load_training_data", lambda *_: pytest.fail("data were loaded"))
+    (trained_run / "file").write_text("")
+    assert "needs to be a folder" in refusal(capsys, script, f"--out-dir={trained_run / 'file'}")
+    assert "needs to be a folder" in refusal(capsys, script, f"--out-dir={trained_run / 'file' / 'results'}")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # the tests may run as root, who may write anywhere
+    assert "cannot write to the folder" in refusal(capsys, script, f"--out-dir={trained_run}")
+    assert "cannot write to the folder" in refusal(capsys, script, f"--resume={trained_run}", "--steps=40")
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("step,loss\n5,1\n10,2\n15,3\n", "step,loss\n5,1\n10,2\n"),
+        ("step,loss\n5,1\n10,2\n15", "step,loss\n5,1\n10,2\n"),  # the last line was cut
+        ("step,loss\n5,1\n1", "step,loss\n5,1\n"),  # and looks like a step
+        ("step,loss\n15,3\n", None),
+        ("step,lo", None),
+        ("", None),
+    ],
+)
+def test_metrics_are_trimmed_to_a_step(tmp_path, text, kept):
+    path = tmp_path / "metrics.csv"
+    path.write_text(text)
+    trim_metrics(path, 10)
+    assert (path.read_text() if path.exists() else None) == kept
+    trim_metrics(tmp_path / "missing.csv", 10)
+
+
+# Code
+
+
+def test_code_digest_changes_with_any_module(tmp_path, monkeypatch):
+    for name in ("train.py", "harness/run.py", "tests/test_run.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("a = 1\n")
+    monkeypatch.setattr(storage, "__file__", str(tmp_path / "harness" / "storage.py"))
+    digests = [storage.code_digest()]
+    for name in ("train.py", "harness/run.py"):
+        (tmp_path / name).write_text("a = 2\n")
+        digests.append(storage.code_digest())
+    (tmp_path / "train.py").rename(tmp_path / "other.py")
+    digests.append(storage.code_digest())
+    assert len(set(digests)) == 4
+    (tmp_path / "tests" / "test_run.py").write_text("a = 2\n")
+    assert storage.code_digest() == digests[-1]
+
+
+def imported(path):
+    """Return the top-level names of the modules that a file imports, anywhere in it."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
+    return {name.split(".")[0] for name in names | {n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)}}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "harness").glob("*.py")), ids=lambda path: path.name)
+def test_harness_imports_no_top_level_module(path):
+    assert not imported(path) & {path.stem for path in ROOT.glob("*.py")}
+
+
+@pytest.mark.parametrize("name", ["quantizer.py", "prior.py"])
+def test_nouns_import_torch_alone(name):
+    assert imported(ROOT / name) - sys.stdlib_module_names == {"torch"}

@@ -1,0 +1,232 @@
+"""From a trained VQ-VAE to its prior, by the commands that a user gives."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+
+from harness.data import load_dataset, to_pixels
+from harness.storage import load_checkpoint, read_state
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, TINY, refusal, same_state, train_prior
+
+import train as vqvae_script
+import train_prior as script
+from prior import Prior
+from sample import load_run
+
+
+def resume(folder, *flags):
+    script.main(script.parse_args(["--resume", str(folder), "--device=cpu", *flags]))
+
+
+@pytest.fixture
+def trained_on():
+    """The codes and labels of each call of a prior in train mode."""
+    calls = []
+
+    def remember(module, inputs):
+        if isinstance(module, Prior) and module.training:
+            calls.append(inputs)
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(remember)
+    yield calls
+    hook.remove()
+
+
+def lines(folder):
+    with open(folder / "prior_metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_prior_leaves_its_files(prior_run):
+    for name in ("prior.pt", "prior_metrics.csv", "prior_curves.png", "samples_000004.png", "samples_000008.png"):
+        assert (prior_run / name).stat().st_size > 0
+    assert [(row["step"], bool(row["held_out_nats"])) for row in lines(prior_run)] == [
+        ("2", False),
+        ("4", True),
+        ("6", False),
+        ("8", True),
+    ]
+    summary = json.loads((prior_run / "prior_summary.json").read_text())
+    assert summary["test_bits_per_image"] == pytest.approx(summary["test_nats_per_code"] * 49 / np.log(2))
+    held_out = [float(row["held_out_nats"]) for row in lines(prior_run) if row["held_out_nats"]]
+    assert summary["held_out_nats_per_code_given_class"] == min(held_out) == held_out[summary["best_step"] // 4 - 1]
+    _, rows = script.held_out_split(read_state(prior_run / "codes.pt")[0]["train"])
+    _, best = load_run(prior_run)
+    assert script.nats(best, rows) == pytest.approx(min(held_out))
+
+
+def test_nats_are_those_of_single_test_images(prior_run):
+    """Encode, look up and sum the logarithms one image at a time."""
+    model, prior = load_run(prior_run)
+    data = load_dataset("digits", "")
+    total = {"test_nats_per_code": 0.0, "test_nats_per_code_given_class": 0.0}
+    with torch.no_grad():
+        for image, label in zip(data.test_images, data.test_labels):
+            codes = model.encode(to_pixels(image[None], "cpu"))[0].flatten(1)
+            for name, start in zip(total, (torch.tensor([prior.classes]), label[None])):
+                logs = prior(codes, start)[0].double().log_softmax(-1)
+                total[name] -= sum(logs[at, code].item() for at, code in enumerate(codes[0]))
+    summary = json.loads((prior_run / "prior_summary.json").read_text())
+    for name, nats in total.items():
+        assert summary[name] == pytest.approx(nats / (297 * 49), rel=1e-4)
+
+
+def test_held_out_images_are_never_trained_on(generating_run, trained_on):
+    """They are training images; all others are trained on."""
+    train_prior(generating_run, "--steps=30", "--batch-size=100")  # more than two epochs
+    rows = torch.load(generating_run / "codes.pt")["train"]
+    train_rows, held_out = script.held_out_split(rows)
+    assert len(held_out) == 75 and len(train_rows) == 1425
+    assert torch.equal(torch.cat([train_rows, held_out]).unique(dim=0), rows.unique(dim=0))
+    seen = {tuple(codes) for batch, _ in trained_on for codes in batch.tolist()}
+    to_train, others = ({tuple(row[1:]) for row in part.tolist()} for part in (train_rows, held_out))
+    assert seen == to_train and others - to_train
+
+
+def test_codes_are_kept_until_checkpoint_changes(generating_run):
+    def written():
+        return (generating_run / "codes.pt").stat().st_mtime_ns
+
+    before, at = torch.load(generating_run / "codes.pt"), written()
+    train_prior(generating_run, "--steps=1")
+    assert written() == at
+    vqvae_script.main(vqvae_script.parse_args(["--resume", str(generating_run), "--steps=40", "--device=cpu"]))
+    train_prior(generating_run, "--steps=1")
+    after = torch.load(generating_run / "codes.pt")
+    assert after["key"] == load_checkpoint(generating_run)["digest"] != before["key"]
+    assert not torch.equal(after["train"], before["train"])
+
+
+@pytest.mark.parametrize("content", [b"", b"not a file of torch"])
+def test_damaged_codes_are_made_anew(generating_run, content):
+    before = torch.load(generating_run / "codes.pt")
+    (generating_run / "codes.pt").write_bytes(content)
+    train_prior(generating_run, "--steps=1")
+    assert same_state(torch.load(generating_run / "codes.pt"), before)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("way", ["same command", "--resume"])
+def test_stopped_prior_goes_on_bit_for_bit(prior_run, tmp_path, stop_at, precision, way):
+    flags = ["--steps=9", "--save-every=4", f"--precision={precision}", "--dropout=0.1"]
+    whole, halves = (shutil.copytree(prior_run, tmp_path / name) for name in ("whole", "halves"))
+    train_prior(whole, *flags)
+    stop_at(5, halves, *flags, call=train_prior)
+    assert load_checkpoint(halves, "prior")["progress"]["step"] == 5
+    if way == "--resume":
+        resume(halves)
+    else:
+        train_prior(halves, *flags)
+    assert_same_prior(whole, halves)
+
+
+def assert_same_prior(a, b):
+    assert (a / "prior_metrics.csv").read_bytes() == (b / "prior_metrics.csv").read_bytes()
+    assert same_state(load_checkpoint(a, "prior"), load_checkpoint(b, "prior"))
+    for picture in ("samples_000004.png", "samples_000008.png", "samples_000009.png", "prior_curves.png"):
+        assert (a / picture).read_bytes() == (b / picture).read_bytes()
+    summaries = [json.loads((folder / "prior_summary.json").read_text()) for folder in (a, b)]
+    names = {name for name in summaries[0] if name.endswith(("_step", "_image")) or "nats" in name}
+    assert len(names) == 6 and all(summaries[0][name] == summaries[1][name] for name in names)
+
+
+@pytest.mark.parametrize("step", [4, 9])
+def test_report_that_failed_is_made_later(prior_run, tmp_path, monkeypatch, capsys, step):
+    """The disk is full when a picture is drawn, at a save halfway or at the end; the same command makes it later."""
+    flags = ["--steps=9", "--save-every=4"]
+    whole, halves = (shutil.copytree(prior_run, tmp_path / name) for name in ("whole", "halves"))
+    train_prior(whole, *flags)
+    save_samples = script.figures.save_samples
+
+    def full_disk(path, *args):
+        if path.name == f"samples_{step:06d}.png":
+            raise OSError(28, "No space left on device", str(path))
+        save_samples(path, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(script.figures, "save_samples", full_disk)
+        train_prior(halves, *flags)
+    assert stopped.value.code == 1 and f"the checkpoint of step {step} is whole" in capsys.readouterr().err
+    train_prior(halves, *flags)
+    assert_same_prior(whole, halves)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs a C++ compiler")
+@pytest.mark.filterwarnings("default")  # the compiler's own
+def test_compiled_prior_learns_like_the_eager_one(prior_run, tmp_path):
+    learnt = []
+    for flag in ("--no-compile", "--compile"):
+        folder = shutil.copytree(prior_run, tmp_path / flag)
+        train_prior(folder, "--steps=6", "--precision=float32", "--dropout=0", flag)
+        learnt.append(np.loadtxt(folder / "prior_metrics.csv", delimiter=",", skiprows=1, usecols=1))
+    assert len(learnt[0]) == 3 and learnt[1] == pytest.approx(learnt[0], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_prior_of_two_processes_is_that_of_one(finished_run, tmp_path):
+    for ranks in (1, 2):
+        folder = shutil.copytree(finished_run, tmp_path / str(ranks))
+        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--", "train_prior.py"]
+        flags = [f"--run={folder}", *TINY, "--steps=8", "--save-every=4", "--precision=float32"]
+        flags += ["--batch-size=15", "--dropout=0"]  # whose masks each process draws for itself
+        subprocess.run([sys.executable, *command, *flags], cwd=ROOT, check=True, capture_output=True, timeout=600)
+    one, two = lines(tmp_path / "1"), lines(tmp_path / "2")
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert float(a[name] or 0) == pytest.approx(float(b[name] or 0), rel=1e-4)
+
+
+def test_earlier_prior_moves_to_a_dated_folder(generating_run, capsys):
+    prior, vqvae = ((generating_run / name).read_bytes() for name in ("prior.pt", "checkpoint.pt"))
+    train_prior(generating_run, "--steps=1")
+    [moved] = generating_run.glob("20*/prior.pt")
+    assert moved.read_bytes() == prior and str(moved.parent) in capsys.readouterr().out
+    assert (generating_run / "checkpoint.pt").read_bytes() == vqvae
+
+
+@pytest.mark.parametrize("way", ["same command", "--resume"])
+def test_unfinished_prior_of_other_vqvae_makes_way(generating_run, capsys, stop_at, way):
+    """The same command starts anew; --resume, which asks for that prior, is refused."""
+    stop_at(3, generating_run, "--steps=4", call=train_prior)
+    vqvae_script.main(vqvae_script.parse_args(["--resume", str(generating_run), "--steps=31", "--device=cpu"]))
+    if way == "--resume":
+        capsys.readouterr()
+        assert "cannot go on: its vqvae, vqvae_step changed" in refusal(capsys, script, "--resume", generating_run)
+        assert load_checkpoint(generating_run, "prior")["progress"]["step"] == 3
+    else:
+        train_prior(generating_run, "--steps=4")
+        assert ": its vqvae, vqvae_step changed" in capsys.readouterr().out
+        assert load_run(generating_run)
+
+
+def test_run_without_checkpoint_is_refused(capsys, tmp_path):
+    assert f"{tmp_path} holds no checkpoint.pt" in refusal(capsys, script, "--run", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistyped_run_leaves_no_folder(capsys, tmp_path):
+    refusal(capsys, script, "--run", tmp_path / "typo")
+    assert not (tmp_path / "typo").exists()
+
+
+def test_resume_refuses_flags_that_contradict_the_prior(capsys, prior_run):
+    assert f"--width is 32, but the run in {prior_run} has 16" in refusal(
+        capsys, script, "--resume", prior_run, "--width=32", "--steps=20"
+    )
+    assert "has done its 8 steps; give more with --steps" in refusal(capsys, script, "--resume", prior_run)
+
+
+def test_a_tenth_of_the_labels_are_dropped(trained_run, trained_on):
+    train_prior(trained_run, "--steps=60", "--batch-size=32")
+    seen = torch.cat([labels for _, labels in trained_on])
+    assert len(seen) == 60 * 32 and 0.07 < (seen == 10).float().mean() < 0.13
+    assert F.one_hot(seen, 11).sum(0).min() > 0
