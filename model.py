@@ -175,6 +175,10 @@ class VQVAE(nn.Module):
             size = self.image_size if grid == self._padded(self.image_size) else grid
         return self._pixels(self._decode(z_q), size).clamp(0, 1)
 
+    def grids(self, size: tuple[int, int]) -> list[tuple[int, int]]:
+        """Return (h, w) of each level's codes of images of (H, W)."""
+        return [tuple(length // stride for length in self._padded(size)) for stride in self.strides]
+
     def _features(self, x):  # of each level, top first
         if x.ndim != 4 or x.shape[1] != self.channels:
             raise ValueError(f"images have shape {tuple(x.shape)}, but the model needs (B, {self.channels}, H, W)")
@@ -223,9 +227,14 @@ def load_model(checkpoint: dict, device: torch.device | str = "cpu") -> VQVAE:
     Raises:
         ValueError: the checkpoint does not hold what its arguments describe.
     """
+    args, shape, weights = checkpoint["args"], checkpoint["identity"]["image_shape"], checkpoint["model"]
     try:
-        model = build_model(checkpoint["args"], checkpoint["identity"]["image_shape"])
-        model.load_state_dict(checkpoint["model"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if args["blocks"] > len(weights):
+            raise ValueError("more blocks than weights")
+        with torch.device("meta"):  # a file may name any sizes: compare them before they take memory
+            build_model(args, shape).load_state_dict(weights, assign=True)
+        model = build_model(args, shape)
+        model.load_state_dict(weights)
+    except Exception as error:  # what does not fit surfaces as almost any exception
         raise ValueError(f"{checkpoint.get('path')} holds no VQ-VAE of this version of the project") from error
     return model.to(device, memory_format=torch.channels_last).eval()

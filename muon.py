@@ -1,4 +1,4 @@
-"""Muon: momentum SGD whose updates are orthogonalised, for the weight matrices of hidden layers.
+"""Muon: momentum SGD whose updates are orthogonalised, for the weights of linear layers and convolutions.
 
 Sources: Muon, https://kellerjordan.github.io/posts/muon; updates as large as AdamW's, arXiv 2502.16982, section 2.2.
 As torch.optim.Muon with adjust_lr_fn="match_rms_adamw", but in the precision that is fast on the device: torch's is
@@ -18,7 +18,7 @@ class Muon(torch.optim.Optimizer):
     """Muon with Nesterov momentum and decoupled weight decay.
 
     Args:
-        params: matrices.
+        params: matrices, or the weights of convolutions, (out, in, height, width), as matrices of `out` rows.
         dtype: of the orthogonalisation. The weights and their momentum keep their own.
     """
 
@@ -36,13 +36,16 @@ class Muon(torch.optim.Optimizer):
             for shape, params in by_shape.items():
                 updates = []
                 for p in params:
-                    buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                    if not self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                    buffer = self.state[p]["momentum_buffer"]
                     buffer.lerp_(p.grad, 1 - momentum)
                     updates.append(p.grad.lerp(buffer, momentum))
-                updates = orthogonalize(torch.stack(updates).to(self.dtype))
+                matrices = torch.stack(updates).flatten(2).to(self.dtype)
+                updates = orthogonalize(matrices).view(-1, *shape)
                 for p, update in zip(params, updates):
                     p.mul_(1 - lr * group["weight_decay"])
-                    p.add_(update, alpha=-lr * 0.2 * max(shape) ** 0.5)
+                    p.add_(update, alpha=-lr * 0.2 * max(matrices.shape[1:]) ** 0.5)
 
 
 def orthogonalize(x: Tensor) -> Tensor:

@@ -199,6 +199,25 @@ def build_prior(args: dict, shape: dict) -> Prior:
     return Prior(**shape, **{name: args[name] for name in ("width", "depth", "heads", "dropout")})
 
 
+def load_prior(checkpoint: dict, device: torch.device | str = "cpu") -> Prior:
+    """Rebuild the best prior of a checkpoint of train_prior.py, in eval mode.
+
+    Raises:
+        ValueError: the checkpoint does not hold what its arguments describe.
+    """
+    args, shape, weights = checkpoint["args"], checkpoint["identity"]["shape"], checkpoint["best"]["model"]
+    try:
+        if args["depth"] > len(weights):
+            raise ValueError("more blocks than weights")
+        with torch.device("meta"):  # a file may name any sizes: compare them before they take memory
+            build_prior(args, shape).load_state_dict(weights, assign=True)
+        prior = build_prior(args, shape)
+        prior.load_state_dict(weights)
+    except Exception as error:  # what does not fit surfaces as almost any exception
+        raise ValueError(f"{checkpoint.get('path')} holds no prior of this version of the project") from error
+    return prior.to(device).eval()
+
+
 def attention_kernel(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
     """Return a context in which attention is fast: on a CPU in bfloat16, the plain formula beats the fused kernel."""
     if device.type != "cpu" or precision != "bfloat16":

@@ -3,6 +3,7 @@
 import argparse
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from model import VQVAE, load_model, named
 
 SHOWN = 10  # images in reconstructed.png; --out writes all
 FROM_TEST_SET = 8  # images where no files are named
+LONGEST_NAME = 240  # bytes: with a number and its ending, a file's name has 255 at most
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -49,22 +51,21 @@ def main(args: argparse.Namespace):
         model = load_model(checkpoint, pick_device()[0])
         if args.codes:
             names, indices, size = read_codes(Path(args.codes), model, checkpoint)
-            images, recon = None, decode(model, indices, size)
+            recon = decode(model, indices, size)
+            with new_folder(args.out) as out:
+                write_images(out / "reconstructions", names, recon)
         else:
-            names, images = load_images(args, checkpoint, model)
-            indices, recon = reconstruct(model, images)
-            with lock_folder(writable_folder(args.run)):
+            with lock_folder(writable_folder(args.run)), new_folder(args.out) as out:
+                names, images = load_images(args, checkpoint, model)
+                indices, recon = reconstruct(model, images)
+                if out:
+                    write_reconstructions(out, model, torch.stack(images), checkpoint, names)
                 path = free_name(Path(args.run, "reconstructed.png"))
-                title = f"{checkpoint['args']['dataset']}, step {checkpoint['progress']['step']:,}"
+                title = f"{printable(checkpoint['args']['dataset'])}, step {checkpoint['progress']['step']:,}"
                 figures.save_codes(path, model, names[:SHOWN], images[:SHOWN], indices, recon, title)
             say(f"wrote {path}" + (f", with the first {SHOWN} of {len(images)} images" if len(images) > SHOWN else ""))
-        if args.out:
-            with new_folder(args.out) as out:
-                if args.codes:
-                    write_images(out / "reconstructions", names, recon)
-                else:
-                    write_reconstructions(out, model, torch.stack(images), checkpoint, names)
-            say(f"wrote {len(names):,} images to {args.out}")
+    if args.out:
+        say(f"wrote {len(names):,} images to {args.out}")
 
 
 def load_images(args: argparse.Namespace, checkpoint: dict, model: VQVAE) -> tuple[list[str], list[Tensor]]:
@@ -161,24 +162,27 @@ def read_codes(path: Path, model: VQVAE, checkpoint: dict) -> tuple[list[str], l
     Raises:
         ValueError: it is damaged, or of another model.
     """
+    if not path.is_file():
+        raise ValueError(f"{printable(path)} is not there, or no file")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            names, size, digest = file["names"].tolist(), tuple(map(int, file["image_size"])), str(file["model"])
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
+            names, (height, width) = file["names"].tolist(), map(int, file["image_size"])
+            size, digest = (height, width), str(file["model"])
             levels = [torch.from_numpy(file[named("indices", name)]).long() for name in model.level_names]
-    except FileNotFoundError:
-        raise ValueError(f"{printable(path)} is not there") from None
     except Exception as error:  # damaged archives surface as almost any exception
         raise ValueError(f"{printable(path)} is not a codes.npz of this project, or damaged") from error
     if digest != checkpoint["digest"]:
         raise ValueError(
             f"{printable(path)} was written by another model than that of the run; its codes mean other images"
         )
+    if not (isinstance(names, list) and names and min(size) > 0 and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"{printable(path)} holds no images, or their names are no text")
     height, width = (-(-length // model.strides[0]) * model.strides[0] for length in size)
     grids = [(height // stride, width // stride) for stride in model.strides]
     if [tuple(level.shape) for level in levels] != [(len(names), *grid) for grid in grids]:
         raise ValueError(f"{printable(path)}: the indices do not have the shape of {len(names)} images of this model")
     for level in levels:
-        if level.numel() and not 0 <= level.min() <= level.max() < model.levels[0].quantizer.codebook_size:
+        if not 0 <= level.min() <= level.max() < model.levels[0].quantizer.codebook_size:
             raise ValueError(f"{printable(path)}: indices run from {level.min()} to {level.max()}, out of range")
     if len(set(names)) < len(names) or any(name != safe_name(name) for name in names):
         raise ValueError(f"{printable(path)}: its names are no file names")
@@ -196,14 +200,14 @@ def free_name(path: Path) -> Path:
 
 def unique_names(paths: list[Path]) -> list[str]:
     """Return a file name without ending for each path; those alike get a number."""
-    names = []
+    names, numbers = {}, Counter()  # in order; alike is also what differs in capitals alone, for Windows and macOS
     for path in paths:
-        name, number = safe_name(path.stem), 1
-        while name in names:
-            number += 1
-            name = f"{safe_name(path.stem)}_{number}"
-        names.append(name)
-    return names
+        name = stem = safe_name(path.stem).encode()[:LONGEST_NAME].decode(errors="ignore").rstrip(" .")
+        while name.casefold() in names:
+            numbers[stem.casefold()] += 1
+            name = f"{stem}_{numbers[stem.casefold()] + 1}"
+        names[name.casefold()] = name
+    return list(names.values())
 
 
 def safe_name(name: str) -> str:

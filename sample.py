@@ -1,13 +1,14 @@
 """Draw new images from a trained VQ-VAE and its prior: `python sample.py --run results`."""
 
 import argparse
+import math
 from pathlib import Path
 
 from harness import figures
 from harness.cli import command, make_parser, number, say, user_errors
-from harness.data import chunks, to_pixels
+from harness.data import chunks, to_pixels, to_uint8
 from harness.folder import read_images
-from harness.machine import pick_device
+from harness.machine import check_room, pick_device
 from harness.storage import PRIOR, load_checkpoint, lock_folder, new_folder, writable_folder
 
 import torch
@@ -16,7 +17,7 @@ from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 from model import VQVAE, load_model
-from prior import Prior, build_prior, generate
+from prior import Prior, generate, load_prior
 
 PER_CLASS = 10
 COMPLETIONS = 8  # of each image
@@ -41,9 +42,12 @@ def load_run(run: str | Path, device: torch.device | str = "cpu") -> tuple[VQVAE
             f"the prior in {run} belongs to another VQ-VAE, of step {steps[0]:,}, than the one there, of step "
             f"{steps[1]:,}; train it anew: {command('train_prior.py', '--run', run)}"
         )
-    prior = build_prior(trained["args"], trained["identity"]["shape"])
-    prior.load_state_dict(trained["best"]["model"])
-    return load_model(vqvae, device), prior.to(device).eval()
+    model, prior = load_model(vqvae, device), load_prior(trained, device)
+    names = vqvae["identity"]["class_names"]
+    fits = prior.grids == model.grids(model.image_size) and prior.codebook_size == vqvae["args"]["codebook_size"]
+    if not fits or (names and prior.classes != len(names)):
+        raise ValueError(f"the prior in {run} is one of other codes; train it anew")
+    return model, prior
 
 
 def class_numbers(wanted: list[str], names: list[str] | None) -> list[int]:
@@ -93,20 +97,29 @@ def labels_of(prior: Prior, num: int | None = None, classes: list[int] | None = 
 @torch.inference_mode()
 def draw(model: VQVAE, prior: Prior, labels: Tensor, seed: int = 0, given: Tensor | None = None, **options) -> Tensor:
     """Draw an image (N, C, H, W) uint8 for each label (N,), going on from the codes (N, t) given."""
+    levels = draw_codes(model, prior, labels, seed, given, **options)
+    parts = chunks(len(labels), model.image_size, most=500)
+    return torch.cat([to_uint8(model.decode([level[part] for level in levels])) for part in parts])
+
+
+@torch.inference_mode()
+def draw_codes(
+    model: VQVAE, prior: Prior, labels: Tensor, seed: int = 0, given: Tensor | None = None, **options
+) -> list[Tensor]:
+    """Draw the codes of an image for each label, as `draw`: the indices (N, h, w) of each level."""
     device = prior.level_at.device
     options = {"temperature": TEMPERATURE, "top_p": TOP_P, "guidance": GUIDANCE} | options
     was_training = prior.training
     prior.eval()
     generator = torch.Generator(device).manual_seed(seed)
-    images = []
+    codes = []
     order = chunks(len(labels), model.image_size, most=500)
     for part in tqdm(order, "drawing", disable=None if len(order) > 1 else True):
         kept = None if given is None else given[part].to(device)
-        codes = generate(prior, labels[part].to(device), given=kept, generator=generator, **options)
-        levels = [codes.unflatten(1, grid) for codes, grid in zip(codes.split(prior.sizes, 1), prior.grids)]
-        images.append((model.decode(levels) * 255).round().to(torch.uint8))
+        codes.append(generate(prior, labels[part].to(device), given=kept, generator=generator, **options))
     prior.train(was_training)
-    return torch.cat(images)
+    levels = torch.cat(codes).split(prior.sizes, 1)
+    return [level.unflatten(1, grid) for level, grid in zip(levels, prior.grids)]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -145,6 +158,8 @@ def main(args: argparse.Namespace):
                 rows, images, title = complete(args, model, prior, checkpoint, options)
                 path, row_names = Path(args.run, "completed.png"), ()
             else:
+                size = (args.num or 0) * (8 + model.channels * math.prod(model.image_size))  # labels and pixels
+                check_room(size, f"--num {args.num}", "draw fewer at a time")
                 labels = labels_of(prior, args.num, class_numbers(args.classes, names) if args.classes else None)
                 images = draw(model, prior, labels, **options)
                 shown = list(dict.fromkeys(labels.tolist()))

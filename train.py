@@ -25,6 +25,7 @@ from torch import Tensor
 
 from evaluate import evaluate
 from model import VQVAE, build_model, named
+from muon import Muon
 from quantizer import Quantized, perplexity
 
 CURVE_IMAGES = 1000  # most test images behind the curve of the test MSE; summary.json is about all of them
@@ -39,7 +40,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     group = parser.add_argument_group("model")
     group.add_argument("--codebook-size", type=positive, default=512, help="K, number of codes")
-    group.add_argument("--code-dim", type=positive, default=64, help="D, size of a code")
+    group.add_argument("--code-dim", type=positive, default=8, help="D, size of a code")
     group.add_argument("--width", type=positive, default=64, help="channels of the convolutions")
     group.add_argument("--blocks", type=number(int, 1, 1000), default=2, help="residual blocks in encoder and decoder")
     group.add_argument("--levels", type=int, choices=(1, 2), default=1, help="levels of codes; 2: VQ-VAE-2")
@@ -55,7 +56,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--revive-below", type=share, default=0.03, help=help)
 
     group = parser.add_argument_group("optimization")
-    group.add_argument("--lr", type=rate, default=4e-3, help="highest learning rate of encoder and decoder")
+    help = "highest learning rate of encoder and decoder; by default 0.3 / sqrt(steps)"
+    group.add_argument("--lr", type=rate, help=help)
     group.add_argument("--codebook-lr", type=rate, default=4e-2, help="highest learning rate of the codes")
     add_run_flags(parser, steps=10_000, batch_size=32)
     return parse_run_args(parser, argv, CHECKPOINT)
@@ -69,6 +71,8 @@ def main(args: argparse.Namespace):
         image_shape = tuple(data.train_images.shape[1:])  # (C, H, W)
         if args.downsample is None:
             args.downsample = 4 if args.levels > 1 or max(image_shape) <= 64 else 8
+        if args.lr is None:  # Muon's steps are all of one size: the more there are, the smaller
+            args.lr = 0.3 * args.steps**-0.5
         check_memory(lambda: build_model(vars(args), image_shape), run.device)
         test_images = first_images(data.test_images, CURVE_IMAGES)
         identity = {"images": data.digest, "image_shape": image_shape, "class_names": data.class_names}
@@ -76,15 +80,16 @@ def main(args: argparse.Namespace):
         if run.rank == 0:
             write_listing(data, run.folder)
 
-    # Model and optimizer: the codes have a learning rate of their own
+    # Model and optimizers: convolutions learn by Muon, codes with a learning rate of their own
     torch.manual_seed(args.seed)
     model = build_model(vars(args), image_shape, mean=data.mean, std=data.std)
     model.to(run.device, memory_format=torch.channels_last).train()
     codebooks = [p for name, p in model.named_parameters() if name.endswith("codebook")]  # none with --ema
-    network = [p for name, p in model.named_parameters() if not name.endswith("codebook")]
-    optimizer = torch.optim.Adam([{"params": network}, {"params": codebooks}], betas=(0.9, 0.99), fused=True)
+    biases = [p for p in model.parameters() if p.ndim == 1]
+    muon = Muon([p for p in model.parameters() if p.ndim == 4], torch.float32, weight_decay=0.0)
+    optimizer = torch.optim.Adam([{"params": biases}, {"params": codebooks}], betas=(0.9, 0.99), fused=True)
     means = Means()  # of what is logged, since the last line
-    run.keep(model=model, optimizer=optimizer, means=means)  # saved and restored under these names
+    run.keep(model=model, muon=muon, optimizer=optimizer, means=means)  # saved and restored under these names
     forward = run.parallel(model)
 
     with run:
@@ -105,12 +110,14 @@ def main(args: argparse.Namespace):
             loss = recon_loss + codebook_loss + args.beta * commitment_loss
 
             # Update. DistributedDataParallel averages gradients over the ranks, whose shares of a batch may differ.
-            for group, highest in zip(optimizer.param_groups, (args.lr, args.codebook_lr)):
+            groups = muon.param_groups + optimizer.param_groups
+            for group, highest in zip(groups, (args.lr, args.lr, args.codebook_lr)):
                 group["lr"] = highest * run.schedule(step)
-            optimizer.zero_grad()
+            model.zero_grad()
             (loss * run.share(x) * run.world_size).backward()
             for level in model.levels:
                 level.quantizer.reset_revived(optimizer)
+            muon.step()
             optimizer.step()
 
             # Log and save. The checkpoint comes first: nothing that is measured or drawn can cost a step.

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from model import VQVAE, load_model
 from muon import Muon
-from prior import Prior, attention_kernel, build_prior
+from prior import Prior, attention_kernel, build_prior, load_prior
 from sample import sample, trained_on
 
 HELD_OUT = 0.05  # share of the training images that chooses the best prior
@@ -70,6 +70,8 @@ def main(args: argparse.Namespace):
             "classes": len(codes["class_names"]),
         }
         check_memory(lambda: build_prior(vars(args), shape), run.device)
+        if run.checkpoint:
+            load_prior(run.checkpoint)  # or its best weights would be kept, and not fit
         run.begin(len(train), f"images of {codes['dataset']} as codes", **trained_on(vqvae), shape=shape)
 
     # Model and optimizers: with Muon, the blocks' matrices learn in a third of the steps that AdamW needs
@@ -158,13 +160,15 @@ def load_codes(run: Run, model: VQVAE, vqvae: dict) -> dict:
     path = run.folder / CODES
     if run.rank > 0:
         from_rank_0()
-    with contextlib.suppress(Damaged, KeyError, TypeError):
+    with contextlib.suppress(Damaged):
         codes, _ = read_state(path)
-        if codes["key"] == vqvae["digest"]:
+        if fits(codes, vqvae, model):
             if run.rank == 0:
                 from_rank_0()
             return codes
-    data = dataset_of(vqvae, run.folder, run.args.data_dir)
+    # With --resume, the folder of the data comes from a file.
+    download = run.args.data_dir is not None and run.args.resume is None
+    data = dataset_of(vqvae, run.folder, run.args.data_dir, download)
     codes = {"key": vqvae["digest"], "dataset": data.name, "class_names": data.class_names or []}
     for split, images, labels in (
         ("train", data.train_images, data.train_labels),
@@ -181,6 +185,20 @@ def load_codes(run: Run, model: VQVAE, vqvae: dict) -> dict:
     write_state(path, codes)
     from_rank_0()
     return codes
+
+
+def fits(codes: dict, vqvae: dict, model: VQVAE) -> bool:
+    """Return whether codes from a file are such as `load_codes` makes of this checkpoint."""
+    with contextlib.suppress(Exception):  # what does not fit surfaces as almost any exception
+        names, shape = vqvae["identity"]["class_names"] or [], vqvae["identity"]["image_shape"]
+        grids = model.grids(shape[1:])
+        good = codes["key"] == vqvae["digest"] and codes["grids"] == grids and codes["class_names"] == names
+        for rows in (codes["train"], codes["test"]):
+            good &= rows.dtype == torch.int64 and rows.min() >= 0
+            good &= rows.shape[1:] == (1 + sum(map(math.prod, grids)),)
+            good &= rows[:, 0].max() < max(1, len(names)) and rows[:, 1:].max() < vqvae["args"]["codebook_size"]
+        return bool(good) and isinstance(codes["dataset"], str)
+    return False
 
 
 def held_out_split(rows: Tensor) -> tuple[Tensor, Tensor]:

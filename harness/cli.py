@@ -35,6 +35,21 @@ def number(kind: type, low: float, below: float = math.inf, above: bool = False)
     return parse
 
 
+def check_values(parser: argparse.ArgumentParser, values: dict, source: str):
+    """Raise ValueError unless the flags could have given these values, which come from a file."""
+    for action in parser._actions:
+        if action.dest == "help":
+            continue
+        value, good = values.get(action.dest), False
+        with contextlib.suppress(ValueError, TypeError, argparse.ArgumentTypeError):
+            if value is None or isinstance(action.default, bool):
+                good = action.dest in values and isinstance(value, type(action.default))
+            else:
+                good = (action.type or str)(str(value)) == value and value in (action.choices or [value])
+        if not good:
+            raise ValueError(f"{source} is not as this project writes it: its {action.option_strings[0]} is {value!r}")
+
+
 def say(text: str, error: bool = False):
     """Print a line at once. A closed pipe or a full disk behind the output drops it: it must not stop a run."""
     stream = sys.stderr if error else sys.stdout
@@ -69,7 +84,7 @@ def user_errors():
 
 
 def fail(message: str, code: int):
-    say(f"{Path(sys.argv[0]).name}: error: {message}", error=True)
+    say(f"{Path(sys.argv[0]).name}: error: {printable(message)}", error=True)
     sys.exit(code)
 
 

@@ -17,9 +17,9 @@ from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from harness.cli import number, printable, say
+from harness.cli import check_values, number, printable, say
 from harness.folder import ImageFiles, Images, count_pixels, load_folder, resize_and_crop
-from harness.machine import cpu_count, from_rank_0, world_size
+from harness.machine import check_room, cpu_count, from_rank_0, world_size
 from harness.storage import IMAGE_CACHE, write_whole
 
 import numpy as np
@@ -101,7 +101,7 @@ def color(text: str) -> str:
         ImageColor.getrgb(text)
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text} is no colour; name one, such as white, or give it as #rrggbb"
+            f"{printable(text)} is no colour; name one, such as white, or give it as #rrggbb"
         ) from None
     return text
 
@@ -120,7 +120,9 @@ def load_training_data(args: argparse.Namespace, checkpoint: dict | None = None)
         memory_limit = math.inf if in_memory else 0
     options = (args.image_size, args.background, memory_limit, args.skip_bad_images, Path(args.out_dir, IMAGE_CACHE))
     try:
-        data = load_dataset("mnist" if args.dataset == "auto" else args.dataset, args.data_dir, *options)
+        # With --resume, the name and the folder come from a file, and the data must have been there already.
+        name, download = "mnist" if args.dataset == "auto" else args.dataset, args.resume is None
+        data = load_dataset(name, args.data_dir, *options, download=download)
     except Unavailable as error:
         if args.dataset != "auto":
             raise ValueError(f"{error}; copy its files into {args.data_dir}, or name another --dataset") from error
@@ -174,6 +176,8 @@ def load_dataset(
         return Dataset(shown, *splits, *channel_stats(found.counts), found.class_names, digest, found.files)
     train, test, class_names = digits() if name == "digits" else torchvision_splits(name, data_dir, download)
     if image_size is not None:
+        size = (len(train[0]) + len(test[0])) * train[0].shape[1] * image_size**2
+        check_room(size, f"{name} at --image-size {image_size}", "make it smaller")
         train, test = (  # in chunks: scaling takes several times their memory
             (torch.cat([resize_and_crop(chunk, image_size) for chunk in images.split(1000)]), labels)
             for images, labels in (train, test)
@@ -181,20 +185,27 @@ def load_dataset(
     return Dataset(name, *train, *test, *channel_stats(count_pixels(train[0])), class_names, digest=name)
 
 
-def dataset_of(checkpoint: dict, folder: Path, data_dir: str | None = None) -> Dataset:
+def dataset_of(checkpoint: dict, folder: Path, data_dir: str | None = None, download: bool | None = None) -> Dataset:
     """Load the data set that the run in a folder was trained on, from `data_dir` if it is elsewhere now.
+
+    Args:
+        download: whether it may be downloaded to `data_dir`, if it is missing; by default if `data_dir` is given.
 
     Raises:
         ValueError: it cannot be loaded, or it has changed.
     """
-    args = checkpoint["args"]
+    parser = argparse.ArgumentParser()
+    add_data_flags(parser)
+    args = vars(parser.parse_args([])) | checkpoint["args"]
+    check_values(parser, args, checkpoint.get("path"))
     name = args["dataset"] if args["dataset"] in NAMES or data_dir is None else data_dir
     if not (name in NAMES or Path(name).is_dir()):
         raise ValueError(f"{name} is not there, and needs to be the run's folder of images; name it with --data-dir")
     options = (args["image_size"], args["background"], args["memory_limit"], args["skip_bad_images"])
     # Only a folder that the user names now is written to: the one in the file may be anybody's.
+    download = data_dir is not None if download is None else download
     try:
-        data = load_dataset(name, data_dir or args["data_dir"], *options, folder / IMAGE_CACHE, data_dir is not None)
+        data = load_dataset(name, data_dir or args["data_dir"], *options, folder / IMAGE_CACHE, download)
     except Unavailable as error:
         raise ValueError(f"{error}; name its folder with --data-dir") from error
     check_same(data, checkpoint, folder)
@@ -398,6 +409,11 @@ def ignore_signals(_worker: int):
 def to_pixels(images: Tensor, device: torch.device) -> Tensor:
     """Turn uint8 images into float32 pixels in [0, 1] on a device, in the memory layout convolutions prefer."""
     return images.to(device).float().div_(255).contiguous(memory_format=torch.channels_last)
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Turn pixels in [0, 1] into uint8 images."""
+    return (x * 255).round().to(torch.uint8)
 
 
 def random_flip(x: Tensor, batch: int, seed: int, step: int) -> Tensor:

@@ -78,13 +78,17 @@ def save_codes(path: Path, model: nn.Module, names: list[str], images: list, ind
     colors = [code_colors(level.quantizer.codebook.detach().cpu()) for level in model.levels]
     for row, name, image, of_levels, made in zip(axes, names, images, indices, recon):
         original = image.float() / 255
-        psnr = -10 * (made - original).square().mean().clamp(min=1e-12).log10().item()
         show_image(row[0], original, shortened_text(name))
         for ax, level, codes, of_level in zip(row[1:], levels, of_levels, colors):
             show_codes(ax, codes, of_level, f"{level} codes, {codes.shape[0]}x{codes.shape[1]}".strip())
-        show_image(row[-1], made, f"reconstruction, {psnr:.1f} dB")
+        show_image(row[-1], made, f"reconstruction, {psnr(made, original):.1f} dB")
     figure.suptitle(title, parse_math=False)
-    save_figure(figure, path)
+    write_figure(figure, path)
+
+
+def psnr(made: Tensor, original: Tensor) -> float:
+    """Return the PSNR, in dB, of one image with pixels in [0, 1]."""
+    return -10 * (made - original).square().mean().clamp(min=1e-12).log10().item()
 
 
 def show_image(ax: Axes, image: Tensor, title: str):
@@ -126,14 +130,15 @@ def save_grid(path: Path, rows: list[Tensor], title: str, names: Sequence[str] =
     grid = make_grid(torch.cat(filled), nrow=columns, padding=1, pad_value=grey).permute(1, 2, 0)  # (H, W, 3)
     dots = min(2 * WIDTH / grid.shape[1], max(1, round(WIDTH / max(grid.shape))))  # a pixel's; if large, less than one
     height, width = (dots * length / 100 for length in grid.shape[:2])  # inches
-    left, top = 1.2 * bool(names), 0.4
+    names = [shortened_text(name) for name in names]
+    left, top = 0.2 + 0.1 * max(map(len, names)) if names else 0, 0.4
     size = max(left + width, 0.1 * len(title)), height + top
     figure = Figure(figsize=size, dpi=100)
     ax = figure.add_axes((left / size[0], 0, width / size[0], height / size[1]))
     ax.imshow(grid.numpy(), interpolation="nearest", aspect="auto")
     ax.set(frame_on=False, xticks=[])
     middles = (np.arange(len(rows)) + 0.5) * (len(grid) - 1) / len(rows)
-    ax.set_yticks(middles[: len(names)], names)
+    ax.set_yticks(middles[: len(names)], names, parse_math=False)
     ax.tick_params(length=0)
     figure.suptitle(title, y=1 - 0.05 / figure.get_figheight(), va="top", parse_math=False)
     save_figure(figure, path)
@@ -241,12 +246,16 @@ def save_prior_curves(path: Path, metrics: Path, best_step: int):
 
 def save_figure(figure: Figure, path: Path):
     """Write a picture, or say why not: a run goes on without it."""
+    try:
+        write_figure(figure, path)
+    except OSError as error:
+        say(f"cannot write a picture ({error}); going on without it", error=True)
+
+
+def write_figure(figure: Figure, path: Path):
     content = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fonts that lack a letter of the data set's name
         figure.savefig(content, format="png")
-    try:
-        with whole_file(path) as file:
-            file.write(content.getbuffer())
-    except OSError as error:
-        say(f"cannot write a picture ({error}); going on without it", error=True)
+    with whole_file(path) as file:
+        file.write(content.getbuffer())

@@ -8,6 +8,7 @@ Shapes: N images, C channels
 import contextlib
 import hashlib
 import io
+import logging
 import math
 import os
 import stat
@@ -26,14 +27,18 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageColor, ImageOps
 from torch import Tensor
-from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
+from torchvision.transforms.functional import center_crop, get_dimensions, pil_to_tensor, resize
 from tqdm import tqdm
 
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what is wrong with a file is told in our own words
 AHEAD = 16  # images decoded ahead of the one that is asked for
-DECODER = 2  # raise it if `decode` gives other pixels than before: kept images are then decoded anew
-ENDINGS = (".png", ".apng", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+DECODER = 3  # raise it if `decode` gives other pixels than before: kept images are then decoded anew
+ENDINGS = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", ".avif", ".gif", ".bmp", ".dib")
+ENDINGS += (".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
 # Whatever a file is called: Pillow would hand an EPS file to Ghostscript.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM")
+FORMATS = ("PNG", "JPEG", "JPEG2000", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM")
+Image.init()
+FORMATS += ("AVIF",) if "AVIF" in Image.OPEN else ()  # from Pillow 11.3 on
 GREY_MODES = ("1", "L", "LA", "La", "F", "I", "I;16", "I;16B", "I;16L")
 
 
@@ -138,7 +143,10 @@ def list_images(folder: Path) -> tuple[list[Path], int, list[str] | None, Tensor
     test, train = (test, walk(train_root)) if separate else (test[:share], test[share:])
 
     inside = [path.relative_to(root) for root, part in ((train_root, train), (test_root, test)) for path in part]
-    if any(len(path.parts) == 1 for path in inside):
+    loose = [path for path, part in zip(train + test, inside) if len(part.parts) == 1]
+    if loose:
+        if len(loose) < len(inside):
+            say(f"no classes: {len(loose)} images lie beside the folders, {printable(loose[0])} among them", error=True)
         return train + test, len(train), None, None
     classes = sorted({path.parts[0] for path in inside})
     number = {name: i for i, name in enumerate(classes)}
@@ -166,6 +174,8 @@ def walk(root: Path) -> list[Path]:
         inner = [name for name in folders if not name.startswith(".")]
         folders[:] = [name for name in inner if os.path.realpath(Path(parent, name)) not in seen]  # links may circle
     images = sorted(path for path in paths if path.suffix.lower() in ENDINGS and not is_special(path))
+    if not images and is_run_folder(root):
+        raise ValueError(f"{printable(root)} is the folder of a run, whose pictures are no images to read")
     if not images:
         raise ValueError(f"{printable(root)} holds no images ({', '.join(ENDINGS)})")
     return images
@@ -251,7 +261,8 @@ def kept_images(cache: Path | None, key: list, count: int, limit: float) -> dict
         images = decoded["images"].shape if in_memory else decoded["images"]
         wanted = (count, *decoded["shape"]) if in_memory else None
         lengths = len(decoded["digests"]), tuple(decoded["counts"].shape)
-        if decoded["key"] == key and images == wanted and lengths == (count, (decoded["shape"][0], 256)):
+        fits = decoded["key"] == key and images == wanted and lengths == (count, (decoded["shape"][0], 256))
+        if fits and decoded["bad"] == {} and (not in_memory or decoded["images"].dtype == torch.uint8):
             return decoded
     return None
 
@@ -316,12 +327,15 @@ def read_header(path: Path, background: str) -> tuple[int, int, bool]:
     with Image.open(path, formats=FORMATS) as image:
         width, height = image.size
         # A square stays as it is when turned, and of a PNG the pixels would have to be read to know.
-        turned = width != height and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        turns = width != height and image.format != "TIFF"  # Pillow turns TIFF files itself
+        turned = turns and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         grey = image.mode in GREY_MODES and (is_grey(background) or not image.has_transparency_data)
     return (width, height, grey) if turned else (height, width, grey)
 
 
-def decode(source: Path | io.BytesIO, channels: int, image_size: int | None, background: str = "white") -> Tensor:
+def decode(
+    source: Path | io.BytesIO, channels: int, size: int | tuple[int, int] | None, background: str = "white"
+) -> Tensor:
     """Return an image, or the first of an animation, as (C, H, W) uint8, over a background where it is transparent.
 
     16 bits of grey keep their order and scale: 65,535 becomes 255. Floating-point pixels must lie in [0, 1].
@@ -332,15 +346,15 @@ def decode(source: Path | io.BytesIO, channels: int, image_size: int | None, bac
     with Image.open(source, formats=FORMATS) as opened:
         image = ImageOps.exif_transpose(opened)  # as its camera was held
         if image.mode == "F" or image.mode.startswith("I"):
-            image = to_8_bits(image, opened.format)
+            image = to_8_bits(image, opened.format, background)
         elif image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, ImageColor.getrgb(background)), image)
         image = image.convert("L" if channels == 1 else "RGB")
-    return pil_to_tensor(image if image_size is None else resize_and_crop(image, image_size))
+    return pil_to_tensor(image if size is None else resize_and_crop(image, size))
 
 
-def to_8_bits(image: Image.Image, kind: str | None) -> Image.Image:
+def to_8_bits(image: Image.Image, kind: str | None, background: str) -> Image.Image:
     values = np.asarray(image)
     if image.mode == "F":
         highest, what = 1.0, "floating-point numbers"
@@ -350,7 +364,13 @@ def to_8_bits(image: Image.Image, kind: str | None) -> Image.Image:
         highest, what = 65535, "16-bit numbers"
     if not (values.min() >= 0 and values.max() <= highest):  # NaN neither
         raise ValueError(f"its pixels are {what} from {values.min()} to {values.max()}, not from 0 to {highest:g}")
-    return Image.fromarray((values * (255 / highest)).round().astype(np.uint8))
+    grey = Image.fromarray((values * (255 / highest)).round().astype(np.uint8))
+    if "transparency" not in image.info:
+        return grey
+    transparent = Image.fromarray(values == image.info["transparency"])  # one level of grey
+    return Image.composite(
+        Image.new("RGB", image.size, ImageColor.getrgb(background)[:3]), grey.convert("RGB"), transparent
+    )
 
 
 def is_grey(color: str) -> bool:
@@ -378,12 +398,13 @@ def resize_and_crop(image, size: int | tuple[int, int]):
     Args:
         size: of the result, (H, W), or one number for both.
     """
-    if isinstance(size, int):
-        return center_crop(resize(image, size, antialias=True), size)
-    height, width = image.shape[-2:]
-    scale = max(size[0] / height, size[1] / width)
-    covering = [max(size[0], round(height * scale)), max(size[1], round(width * scale))]
-    return center_crop(resize(image, covering, antialias=True), size)
+    wanted_height, wanted_width = (size, size) if isinstance(size, int) else size
+    _, height, width = get_dimensions(image)
+    if wanted_height * width >= wanted_width * height:
+        covering = [wanted_height, int(wanted_height * width / height)]
+    else:
+        covering = [int(wanted_width * height / width), wanted_width]
+    return center_crop(resize(image, covering, antialias=True), [wanted_height, wanted_width])
 
 
 def count_pixels(images: Tensor) -> Tensor:
@@ -403,12 +424,14 @@ def read_images(
     with pillow_warnings():
         for path in paths:
             try:
+                if is_special(path):
+                    raise ValueError("it is a folder or a pipe, not a file")
                 image = decode(path, channels, None, background)
+                if size and image.shape[1:] != size:
+                    image, resized = decode(path, channels, size, background), resized + 1
             except FileNotFoundError:
                 raise ValueError(f"{printable(path)} is not there") from None
             except Exception as error:  # damaged files surface as almost any exception
                 raise ValueError(f"{printable(path)} cannot be decoded ({reason_of(error)})") from error
-            if size and image.shape[1:] != size:
-                image, resized = resize_and_crop(image, size), resized + 1
             images.append(image)
     return images, resized

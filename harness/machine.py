@@ -64,19 +64,23 @@ def free_memory() -> float:
 
 def check_memory(make_model: Callable[[], nn.Module], device: torch.device):
     """Raise ValueError if a model's weights, gradients and two moments per weight exceed the memory."""
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-    else:
-        total = min(psutil.virtual_memory().total, container_limit())
     try:
         with torch.device("meta"):  # shapes without memory
             needed = 4 * 4 * sum(value.numel() for value in make_model().state_dict().values())
     except RuntimeError:  # more elements than an int64 counts
         needed = math.inf
+    check_room(needed, "training this model", "make it smaller with the flags that --help lists under model", device)
+
+
+def check_room(needed: float, what: str, remedy: str, device: torch.device | None = None):
+    """Raise ValueError if what a flag asks for needs more bytes than the memory has."""
+    if device is not None and device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+    else:
+        total = min(psutil.virtual_memory().total, container_limit())
     if needed > total:
         raise ValueError(
-            f"training this model takes {needed / 1e9:,.0f} GB or more, but the memory has {total / 1e9:,.0f}; "
-            "make it smaller with the flags that --help lists under model"
+            f"{what} takes {needed / 1e9:,.0f} GB or more, but the memory has {total / 1e9:,.0f}; {remedy}"
         )
 
 

@@ -6,6 +6,7 @@ step and goes on ends with the same weights, bit for bit on a CPU, as one that n
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from harness import storage
-from harness.cli import command, fail, number, say, user_errors
+from harness.cli import check_values, command, fail, number, printable, say, user_errors
 from harness.data import NAMES, batch_indices, batches
 from harness.folder import Images
 from harness.machine import check_equal_on_ranks, from_rank_0, join_ranks, pick_device, world_size
@@ -89,6 +90,7 @@ def parse_run_args(parser: argparse.ArgumentParser, argv: list[str] | None, name
         parser.error("--fresh starts anew and --resume goes on; leave out one of them")
     try:
         checkpoint = storage.load_checkpoint(args.resume, name)
+        check_values(parser, vars(args) | checkpoint["args"], checkpoint["path"])
     except ValueError as error:
         parser.error(str(error))
     saved = checkpoint["args"] | {FOLDER_OPTION[name]: args.resume, "resume": args.resume}
@@ -181,7 +183,9 @@ class Run:
             ValueError, OSError: a flag asks for what is not there, or another run writes into the folder.
         """
         self.args, self.name, self.typed = args, name, dict(vars(args))
-        self.folder = storage.writable_folder(self.typed[FOLDER_OPTION[name]])
+        folder = self.typed[FOLDER_OPTION[name]]
+        storage.refuse_weights_only(folder)
+        self.folder = storage.writable_folder(folder)
         self.device, args.precision = pick_device(args.device, args.precision, args.compile)
         self.rank, self.world_size = join_ranks(self.device), world_size()
         for option, value in self.typed.items():
@@ -289,14 +293,17 @@ class Run:
         with user_errors():
             try:
                 for name, value in kept.items():
-                    (value.update if isinstance(value, dict) else value.load_state_dict)(self.checkpoint[name])
+                    load = value.update if isinstance(value, dict) else value.load_state_dict
+                    if isinstance(value, torch.optim.Optimizer):
+                        load = functools.partial(restore_optimizer, value)
+                    load(self.checkpoint[name])
                 set_random_state(self.checkpoint["random"], self.device)
                 progress = self.checkpoint["progress"]
                 self.step, self.logged, self.seconds = (progress[name] for name in ("step", "logged", "seconds"))
                 self.saved, self.unreported = self.step, progress["reports"]
-            except (KeyError, RuntimeError, TypeError) as error:
+            except Exception as error:  # what does not fit surfaces as almost any exception
                 path = storage.checkpoint_path(self.folder, self.name)
-                reason = str(error).splitlines()[0]
+                reason = " ".join(str(error).split())[:200]
                 raise ValueError(f"{path} does not fit this version ({reason}); start anew with --fresh") from error
         self.checkpoint = None
 
@@ -386,7 +393,8 @@ class Run:
         """Append a row to the metrics, whose first column is the step, and show it as a line."""
         if self.rank > 0:
             return
-        path, row = self.folder / METRICS[self.name], {"step": self.step, **row}
+        path = self.folder / METRICS[self.name]
+        row = {"step": self.step} | {k: printable(v) if isinstance(v, str) else v for k, v in row.items()}
         if not path.exists():
             storage.write_whole(path, ",".join(row) + "\n")
         storage.append_row(path, list(row.values()))
@@ -492,6 +500,23 @@ class Run:
             if hasattr(self.args, option):
                 words += [flag_of(option), f"{getattr(self.args, option) / 2:g}"]
         return command(storage.SCRIPTS[self.name], *words, start=start)
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict):
+    """Load an optimizer's moments and learning rates; its constants are those of the code.
+
+    Raises:
+        ValueError: the moments do not have the shapes of the weights, which no kernel would notice.
+    """
+    groups = zip(optimizer.state_dict()["param_groups"], saved["param_groups"])
+    groups = [own | {"lr": float(group["lr"])} for own, group in groups]
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    states = [(p, optimizer.state.get(p) or {}) for group in optimizer.param_groups for p in group["params"]]
+    for p, state in states:
+        shapes = {name: () if name == "step" else p.shape for name in state}
+        good = all(torch.is_tensor(m) and m.is_floating_point() and m.shape == shapes[n] for n, m in state.items())
+        if not good or state.keys() != states[0][1].keys():
+            raise ValueError("the optimizer's moments do not have the shapes of the weights")
 
 
 def summary_writer() -> type:

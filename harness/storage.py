@@ -22,8 +22,6 @@ FORMAT = 4
 CHECKPOINT, PRIOR = "checkpoint", "prior"
 SCRIPTS = {CHECKPOINT: "train.py", PRIOR: "train_prior.py"}  # which script writes which
 IMAGE_CACHE = "images.pt"  # decoded images of a folder; they outlive a run, so that the next one finds them
-CONTENTS = {"format": int, "name": str, "code": str, "args": dict, "typed": dict, "identity": dict, "progress": dict}
-CONTENTS |= {"random": dict, "model": dict, "means": dict}
 PRIOR_FILES = (
     "prior*.pt",
     "prior_metrics.csv",
@@ -45,6 +43,7 @@ RUN_FILES = (
 RUN_FILES += ("recon_*.png", "reconstructed.png", "codes.pt", "images.txt", *PRIOR_FILES)
 TRAILER = b"sha256:"  # and 64 hexadecimal digits: the comment at the end of the zip archive that torch.save writes
 TRAILER_SIZE = len(TRAILER) + 64
+TEMPORARY = f"*.{'[0-9a-f]' * 16}.tmp"  # names of files half written; a user's own *.tmp are left alone
 NO_COMMENT = b"\0\0"  # the length of the comment before it was added
 
 
@@ -186,6 +185,49 @@ def new_folder(path: str | Path | None) -> Iterator[Path | None]:
 # Checkpoints
 
 
+def fits(value, kind) -> bool:
+    """Return whether a value is of a type, passes a check, or is a dict with what a dict asks for under each name."""
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and all(fits(value.get(name), inner) for name, inner in kind.items())
+    return isinstance(value, kind) if isinstance(kind, type) else kind(value)
+
+
+def is_count(value) -> bool:
+    return type(value) is int and value >= 0
+
+
+def is_shape(value) -> bool:
+    return isinstance(value, list | tuple) and all(is_count(length) and length > 0 for length in value)
+
+
+def is_names(value) -> bool:
+    return value is None or isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def is_plain(value) -> bool:
+    return isinstance(value, dict) and all(isinstance(v, str | int | float | None) for v in value.values())
+
+
+def is_sums(value) -> bool:
+    return isinstance(value, dict) and all(map(torch.is_tensor, value.values()))
+
+
+PROGRESS = {"step": is_count, "logged": is_count, "seconds": float, "reports": bool}
+CONTENTS = {"name": str, "code": str, "args": is_plain, "typed": is_plain, "progress": PROGRESS, "model": is_sums}
+CONTENTS |= {"means": {"steps": is_count, "sums": is_sums}, "random": is_sums}
+OF_KIND = {
+    CHECKPOINT: {
+        "args": {"steps": is_count, "dataset": str},
+        "identity": {"images": str, "image_shape": is_shape, "class_names": is_names},
+    },
+    PRIOR: {
+        "args": {"steps": is_count},
+        "identity": {"vqvae": str, "vqvae_step": is_count, "shape": {"codebook_size": is_count, "classes": is_count}},
+        "best": {"held_out_nats": float, "step": is_count, "model": is_sums},
+    },
+}
+
+
 def checkpoint_path(folder: str | Path, name: str = CHECKPOINT, previous: bool = False) -> Path:
     return Path(folder, f"{name}_previous.pt" if previous else f"{name}.pt")
 
@@ -197,7 +239,7 @@ def save_checkpoint(folder: Path, state: dict, name: str = CHECKPOINT, keep_prev
         OSError: it cannot be written; the last checkpoint is still there.
         FloatingPointError: the state holds NaN or infinite values.
     """
-    if not finite(state):
+    if not sound(state):
         raise FloatingPointError("the weights or the optimizer's moments are NaN or infinite; lower the learning rate")
     path = checkpoint_path(folder, name)
     if keep_previous and path.exists():
@@ -211,11 +253,14 @@ def save_checkpoint(folder: Path, state: dict, name: str = CHECKPOINT, keep_prev
     write_state(path, {"format": FORMAT, **state})
 
 
-def finite(value) -> bool:
-    """Return whether all tensors in nested dicts and lists are finite."""
+def sound(value) -> bool:
+    """Return whether all tensors in nested dicts and lists are finite, and none claims more values than it stores."""
     if isinstance(value, dict | list | tuple):
-        return all(map(finite, value.values() if isinstance(value, dict) else value))
-    return not torch.is_tensor(value) or bool(value.isfinite().all())
+        return all(map(sound, value.values() if isinstance(value, dict) else value))
+    if not torch.is_tensor(value):
+        return True
+    stored = value.layout == torch.strided and value.untyped_storage().nbytes() >= value.numel() * value.element_size()
+    return stored and bool(value.isfinite().all())
 
 
 def load_checkpoint(folder: str | Path, name: str = CHECKPOINT) -> dict:
@@ -244,11 +289,12 @@ def read_checkpoint(path: Path, name: str) -> dict:
         if (other := other_format(path)) is not None:
             raise other_version(path, other) from None
         raise Damaged(f"{error}; {remedy}") from None
-    fits = isinstance(state, dict) and all(isinstance(state.get(key), kind) for key, kind in CONTENTS.items())
-    if not fits or state["name"] != name:
+    if not fits(state, {"format": int}):
         raise Damaged(f"{path} is not a checkpoint of this project; {remedy}")
     if state["format"] != FORMAT:
         raise other_version(path, state["format"])
+    if not (fits(state, CONTENTS) and state["name"] == name and fits(state, OF_KIND[name]) and sound(state)):
+        raise Damaged(f"{path} does not hold what {SCRIPTS[name]} saves; {remedy}")
     return state | {"digest": digest, "path": str(path)}
 
 
@@ -291,9 +337,19 @@ def writable_folder(path: str | Path) -> Path:
     return folder
 
 
+def refuse_weights_only(folder: str | Path):
+    """Raise ValueError if a folder holds weights without their optimizer, which are there to be used."""
+    try:
+        checkpoint = load_checkpoint(folder)
+    except ValueError:  # nothing to protect
+        return
+    if checkpoint.get("weights_only"):
+        raise ValueError(f"{folder} holds weights to use, not to train on; name another folder")
+
+
 def is_run_folder(folder: Path) -> bool:
     """Return whether a run writes, or has written, into a folder: its pictures are no training images."""
-    return any((folder / name).exists() for name in (".lock", "checkpoint.pt", "metrics.csv", "prior.pt"))
+    return any((folder / name).exists() for name in (".lock.pid", "checkpoint.pt", "prior.pt"))
 
 
 def lock_folder(folder: Path) -> filelock.BaseFileLock:
@@ -312,11 +368,18 @@ def lock_folder(folder: Path) -> filelock.BaseFileLock:
     patience = 0 if pid is None or psutil.pid_exists(pid) else 10
     try:
         lock.acquire(timeout=patience)
+    except NotImplementedError:
+        raise ValueError(
+            f"the file system of {folder} has no locks, so that runs could mix there; name another"
+        ) from None
     except filelock.Timeout:
         remedy = "wait for it, stop it, or name another folder"
         raise ValueError(f"another run, process {pid or 'unknown'}, is writing into {folder}; {remedy}") from None
-    for left in folder.glob("*.tmp"):  # half written by a killed run
-        left.unlink(missing_ok=True)
+    for left in folder.glob(TEMPORARY):  # half written by a killed run, or by a killed --out inside its folder
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
     write_whole(owner, f"{os.getpid()}\n")
     return lock
 
@@ -353,9 +416,9 @@ def trim_metrics(path: Path, step: int):
     """Keep the whole lines of a metrics file up to a step: those after it will be written again."""
     if not path.is_file():
         return
-    head, *lines = path.read_text(encoding="utf-8").splitlines() or [""]
-    rows = list(csv.reader(lines))
-    kept = [line for line, row in zip(lines, rows) if len(row) == len(head.split(",")) and int(row[0]) <= step]
+    head, *lines = path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+    whole = [(line, row) for line, row in zip(lines, csv.reader(lines)) if len(row) == len(head.split(","))]
+    kept = [line for line, row in whole if row[0].isdecimal() and int(row[0]) <= step]
     if kept:
         write_whole(path, "\n".join([head, *kept, ""]))
     else:

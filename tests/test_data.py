@@ -5,15 +5,27 @@ import shutil
 import struct
 
 from harness import data
-from harness.data import Unavailable, batch_indices, channel_stats, chunks, first_images, load_dataset, to_pixels
+from harness.data import (
+    Unavailable,
+    batch_indices,
+    channel_stats,
+    chunks,
+    first_images,
+    load_dataset,
+    random_flip,
+    to_pixels,
+)
 from harness.folder import count_pixels
 
 import numpy as np
 import pytest
 import torch
+from conftest import refusal
 from sklearn.datasets import load_digits
 from torchvision import datasets
 from torchvision.transforms.functional import resize
+
+import train as script
 
 
 def idx(array):
@@ -231,3 +243,44 @@ def test_image_size_scales_and_crops_named_sets():
     for images, originals in ((small.train_images, large.train_images), (small.test_images, large.test_images)):
         assert torch.equal(images, resize(originals, [16, 16], antialias=True))
     torch.testing.assert_close(small.mean, channel_stats(count_pixels(small.train_images))[0])
+
+
+def test_named_sets_have_class_names(mnist, cifar10, tmp_path):
+    assert load_dataset("mnist", tmp_path).class_names == list("0123456789")
+    assert load_dataset("digits").class_names == list("0123456789")
+    assert load_dataset("cifar10", tmp_path).class_names == ["cat", "dog", "car", "bird"]
+
+
+def test_fashion_has_its_class_names(fashion, tmp_path):
+    names = load_dataset("fashion-mnist", tmp_path).class_names
+    assert len(names) == 10 and names[0] == "T-shirt/top" and names[9] == "Ankle boot"
+
+
+def test_flip_depends_on_seed_and_step_alone():
+    """Each image is mirrored left to right or left as it is, half of them; the global generator stays untouched."""
+    x = torch.rand(400, 3, 5, 7)
+    before = torch.get_rng_state()
+    flipped = [random_flip(x, 400, seed, step) for seed, step in ((3, 8), (3, 8), (3, 9), (4, 8))]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(flipped[0], flipped[1])
+    mirrored = [[torch.equal(a, b.flip(-1)) for a, b in zip(images, x)] for images in flipped]
+    for images, flags in zip(flipped, mirrored):
+        assert all(flag or torch.equal(a, b) for flag, a, b in zip(flags, images, x))
+        assert 150 < sum(flags) < 250
+    assert mirrored[0] != mirrored[2] and mirrored[0] != mirrored[3]
+
+
+def test_ranks_flip_what_one_process_would(monkeypatch):
+    x = torch.rand(11, 1, 4, 4)
+    whole = random_flip(x, 11, 0, 5)
+    monkeypatch.setattr(data, "world_size", lambda: 3)
+    parts = []
+    for rank, part in enumerate(x.tensor_split(3)):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        parts.append(random_flip(part, 11, 0, 5))
+    assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("color", ["colourless", "#12", "", "line\nbreak"])
+def test_unknown_background_is_refused(capsys, color):
+    assert "is no colour; name one" in refusal(capsys, script, f"--background={color}")

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import ROOT, SMALL, rows
+from conftest import ROOT, SMALL, rows, train
 
 from quantizer import VectorQuantizer
 
@@ -251,3 +252,71 @@ def test_two_nodes_train_together_and_restart_together(nodes, tmp_path):
     assert [code for code, _ in ended] == [0, 0], ended
     assert sum(printed.count(", 2 processes") for _, printed in ended) == 2
     assert [int(row["step"]) for row in rows(tmp_path)] == list(range(1, 61))  # nothing lost, nothing twice
+
+
+def start_ranks(*flags, folders=(ROOT, ROOT)):
+    """Start train.py in two processes as torchrun would, whose own lines then are not among theirs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1"}
+    job |= {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": "0", "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, ROOT / "train.py", *map(str, flags)]
+    ranks = []
+    for rank, folder in enumerate(folders):
+        environment = os.environ | job | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        ranks.append(subprocess.Popen(command, cwd=folder, env=environment, **pipes))
+    return ranks
+
+
+def end_of(ranks, seconds=60):
+    """Return the exit code, output and errors of each; none outlives the test."""
+    try:
+        ended = [rank.communicate(timeout=seconds) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return [(rank.returncode, *printed) for rank, printed in zip(ranks, ended)]
+
+
+def first_gradients(folder):
+    """Return what the first step left of each gradient: the optimizers' first moments, over 1 - beta."""
+    saved, shares = load_checkpoint(folder), {"exp_avg": 0.1, "momentum_buffer": 0.05}
+    states = [state for key in ("muon", "optimizer") if key in saved for state in saved[key]["state"].values()]
+    return [state[name] / share for state in states for name, share in shares.items() if name in state]
+
+
+def test_unequal_shares_give_the_whole_gradient(tmp_path):
+    """A batch of 3 on 2 processes, 2 and 1."""
+    flags = [*SMALL, "--precision=float32", "--steps=1", "--batch-size=3", "--no-kmeans-start", "--revive-below=0"]
+    for code, _, errors in end_of(start_ranks(*flags, f"--out-dir={tmp_path / 'two'}")):
+        assert code == 0, errors
+    train(tmp_path / "one", *flags)
+    one, two = (first_gradients(tmp_path / name) for name in ("one", "two"))
+    assert len(one) == len(two) > 10
+    for a, b in zip(two, one):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert max(gradient.abs().max() for gradient in one) > 0.01  # far above what is allowed to differ
+
+
+def test_ranks_with_other_images_refuse_to_start(folder, tmp_path):
+    """A folder of the same name holds other images on each machine."""
+    for name in ("a", "b"):
+        shutil.copytree(folder, tmp_path / name / "photos")
+    shutil.copy(tmp_path / "b/photos/train/cat/0.png", tmp_path / "b/photos/train/cat/1.png")
+    flags = [*SMALL, "--dataset=photos", f"--out-dir={tmp_path / 'run'}", "--steps=5"]
+    for code, _, errors in end_of(start_ranks(*flags, folders=(tmp_path / "a", tmp_path / "b"))):
+        assert code == 2 and errors.count("\n") == 1 and "the processes differ in images: " in errors, errors
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_rank_that_lost_another_ends_by_one_line(tmp_path):
+    flags = [*SMALL, f"--out-dir={tmp_path}", "--steps=9000", "--save-every=5", "--log-every=5"]
+    ranks = start_ranks(*flags)
+    wait_for_metrics(ranks[0], tmp_path)
+    ranks[1].kill()
+    (code, _, errors), _ = end_of(ranks)
+    assert code == 1 and errors.count("\n") == 1, errors
+    assert "another process of this run has ended; the checkpoint of step" in errors
+    assert load_checkpoint(tmp_path)["progress"]["step"] >= 10

@@ -1,15 +1,21 @@
+import io
 import json
+import sys
 
 from harness import data
+from harness.data import load_dataset
+from harness.storage import load_checkpoint
 
 import numpy as np
 import pytest
 import torch
 from conftest import refusal, train
+from PIL import Image
 from scipy.ndimage import gaussian_filter
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import evaluate
-from model import VQVAE
+from model import VQVAE, load_model
 
 
 def scipy_ssim(x, y):
@@ -93,3 +99,51 @@ def test_folder_at_another_place_is_measured(folder, tmp_path, capsys):
     evaluate.main(evaluate.parse_args(["--run", str(tmp_path / "results"), "--data-dir", str(tmp_path / "moved")]))
     measured = json.loads((tmp_path / "results" / "evaluation.json").read_text())
     assert measured["test_mse"] == pytest.approx(expected) and measured["step"] == 2
+
+
+def test_pairs_are_of_the_whole_test_set(trained_run, tmp_path, capsys):
+    """In the layout of reconstruct.py."""
+    out = tmp_path / "out"
+    evaluate.main(evaluate.parse_args(["--run", str(trained_run), "--out", str(out)]))
+    images = load_dataset("digits").test_images
+    names = [f"{i:05d}.png" for i in range(len(images))]
+    for kind in ("originals", "reconstructions"):
+        assert sorted(path.name for path in (out / kind).iterdir()) == names
+    errors = []
+    for name, image in zip(names, images[:, 0].numpy()):
+        original, made = (np.asarray(Image.open(out / kind / name)) for kind in ("originals", "reconstructions"))
+        assert np.array_equal(original, image)
+        errors.append(np.square(original / 255 - made / 255).mean())
+    measured = json.loads(capsys.readouterr().out)
+    assert np.mean(errors) == pytest.approx(measured["test_mse"], rel=1e-2)  # they are rounded to 8 bits
+    with np.load(out / "codes.npz") as codes:
+        assert codes["indices"].shape == (297, 7, 7) and codes["names"][-1] == "00296"
+        assert len(np.unique(codes["indices"])) == measured["codes_used"]
+
+
+def test_jpeg_figures_are_scikit_images(trained_run, capsys):
+    """Of files at quality 75, in RGB, computed here by hand from the first steps on."""
+    evaluate.main(evaluate.parse_args(["--run", str(trained_run), "--jpeg"]))
+    measured = json.loads(capsys.readouterr().out)
+    images, model = load_dataset("digits").test_images, load_model(load_checkpoint(trained_run))
+    with torch.inference_mode():
+        recon = torch.cat([model(chunk / 255).x_recon.clamp(0, 1) for chunk in images.split(100)])
+    psnr, ssim = [], []
+    for pair in zip(images[:, 0].numpy(), (recon[:, 0] * 255).round().numpy().astype(np.uint8)):
+        read = []
+        for pixels in pair:
+            file = io.BytesIO()
+            Image.fromarray(np.dstack([pixels] * 3)).save(file, "JPEG", quality=75)
+            read.append(np.asarray(Image.open(file)).astype(np.float64) / 255)
+        psnr.append(peak_signal_noise_ratio(*read, data_range=1.0))
+        ssim.append(structural_similarity(*read, win_size=11, channel_axis=2, data_range=1.0))
+    assert measured["jpeg_psnr"] == pytest.approx(np.mean(psnr), abs=0.01)
+    assert measured["jpeg_ssim"] == pytest.approx(np.mean(ssim), abs=1e-3)
+
+
+def test_missing_scikit_image_is_named(trained_run, tmp_path, capsys, monkeypatch):
+    """And nothing is written."""
+    monkeypatch.setitem(sys.modules, "skimage.metrics", None)
+    printed = refusal(capsys, evaluate, "--run", trained_run, "--jpeg", "--out", tmp_path / "out")
+    assert "--jpeg needs scikit-image; install requirements-dev.txt" in printed
+    assert not (tmp_path / "out").exists() and not (trained_run / "evaluation.json").exists()

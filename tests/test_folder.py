@@ -1,18 +1,21 @@
 """Folders of images: what is found in them, how they are decoded, and that it is the same from memory and from disk."""
 
+import logging
 import os
 import shutil
+import subprocess
+import zlib
 
 from harness import folder as folders
 from harness import machine
 from harness.data import batch_indices, batches, channel_stats, dataset_of, load_dataset, write_listing
-from harness.folder import ImageFiles, count_pixels, resize_and_crop
+from harness.folder import ImageFiles, count_pixels, decode, resize_and_crop, walk
 
 import numpy as np
 import pytest
 import torch
 from conftest import save
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from torchvision.transforms.functional import resize
 
 
@@ -311,3 +314,237 @@ def test_changed_folder_is_not_the_runs(folder, tmp_path):
         dataset_of(run, tmp_path)
     found = "1 added (train/cat/new.png ...), 1 removed (train/cat/0.png ...), 1 changed (test/dog/1.png ...)"
     assert str(refused.value).endswith(found)
+
+
+# Every kind of image
+
+
+def chunk(kind, content):
+    return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+
+
+def save_deep_png(path, values, transparent):
+    """Save 16 bits of grey of which one level is transparent, which Pillow cannot write."""
+    height, width = values.shape
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([16, 0, 0, 0, 0])
+    lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    chunks = [chunk(b"IHDR", header), chunk(b"tRNS", transparent.to_bytes(2, "big"))]
+    chunks += [chunk(b"IDAT", zlib.compress(lines)), chunk(b"IEND", b"")]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+
+
+def over(colors, alpha, background):
+    """Composite (H, W, 3) over a colour, alpha (H, W) in 0 to 255."""
+    alpha = alpha[..., None] / 255
+    return colors * alpha + np.array(background) * (1 - alpha)
+
+
+RANDOM = np.random.default_rng(0)
+COLORS = RANDOM.integers(0, 256, (12, 16, 3), np.uint8)
+ALPHA = RANDOM.integers(0, 256, (12, 16), np.uint8)
+DEEP = np.arange(192, dtype=np.uint16).reshape(12, 16) * 257
+BACKGROUND = (32, 64, 96)
+
+
+def make_kind(kind, folder):
+    """Save an image of a kind; return its path and what it must look like, (H, W, 3), over the background."""
+    image, black = Image.fromarray(COLORS), Image.new("RGB", (16, 12))
+    grey = COLORS[..., :1].repeat(3, 2)
+    if kind == "RGBA":
+        Image.fromarray(np.dstack([COLORS, ALPHA])).save(folder / "a.png")
+        return folder / "a.png", over(COLORS, ALPHA, BACKGROUND)
+    if kind == "LA":
+        Image.fromarray(np.dstack([COLORS[..., 0], ALPHA])).save(folder / "a.png")
+        return folder / "a.png", over(grey, ALPHA, BACKGROUND)
+    if kind in ("palette", "transparent GIF"):
+        path = folder / ("a.png" if kind == "palette" else "a.gif")
+        small = image.quantize(8)
+        small.save(path, transparency=3)
+        return path, over(np.asarray(small.convert("RGB")), 255 * (np.asarray(small) != 3), BACKGROUND)
+    if kind == "CMYK":
+        Image.fromarray(np.dstack([COLORS, ALPHA]), "CMYK").save(folder / "a.tif")
+        return folder / "a.tif", (255.0 - COLORS) * (255 - ALPHA[..., None]) / 255
+    if kind == "16-bit grey":
+        Image.fromarray(DEEP).save(folder / "a.png")
+        return folder / "a.png", np.dstack([DEEP // 257] * 3)
+    if kind == "16-bit grey, one level transparent":
+        save_deep_png(folder / "a.png", DEEP, transparent=257 * 5)
+        return folder / "a.png", over(np.dstack([DEEP // 257] * 3), 255 * (DEEP != 257 * 5), BACKGROUND)
+    if kind == "32-bit float":
+        Image.fromarray(DEEP.astype(np.float32) / 65535).save(folder / "a.tiff")
+        return folder / "a.tiff", np.dstack([DEEP // 257] * 3)
+    if kind == "1-bit":
+        Image.fromarray(ALPHA > 99).save(folder / "a.png")
+        return folder / "a.png", np.dstack([255 * (ALPHA > 99)] * 3)
+    ending, options = {"GIF": ("gif", {}), "WebP": ("webp", {"lossless": True}), "APNG": ("png", {})}[kind.split()[1]]
+    image = image.quantize(200).convert("RGB") if ending == "gif" else image
+    image.save(folder / f"a.{ending}", save_all=True, append_images=[black, black], **options)
+    return folder / f"a.{ending}", np.asarray(image)
+
+
+KINDS = ["RGBA", "LA", "palette", "transparent GIF", "CMYK", "16-bit grey", "16-bit grey, one level transparent"]
+KINDS += ["32-bit float", "1-bit", "animated GIF", "animated WebP", "animated APNG"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore:'mode' parameter:DeprecationWarning")
+def test_every_kind_shows_its_own_pixels(tmp_path, kind):
+    """Of an animation the first frame; over a background where it is transparent."""
+    path, expected = make_kind(kind, tmp_path)
+    image = decode(path, 3, None, "#{:02x}{:02x}{:02x}".format(*BACKGROUND))
+    assert image.shape == (3, 12, 16) and image.dtype == torch.uint8
+    assert np.abs(image.movedim(0, -1).numpy() - expected).max() <= 1
+    height, width, _ = folders.read_header(path, "white")
+    assert (height, width) == (12, 16)
+
+
+def test_background_is_part_of_kept_images(tmp_path):
+    """White by default; a coloured one makes grey images with transparency colour images."""
+    for i in range(10):
+        Image.fromarray(np.zeros((4, 4, 2), np.uint8)).save(tmp_path / f"{i}.png")
+    options = {"cache": tmp_path / "images.pt"}
+    assert load(tmp_path, **options).train_images.unique().tolist() == [255]
+    assert load(tmp_path, background="black", **options).train_images.shape == (9, 1, 4, 4)
+    red = load(tmp_path, background="red", **options)
+    assert red.train_images.shape == (9, 3, 4, 4) and red.mean.tolist() == [1, 0, 0]
+    streamed = load(tmp_path, background="red", memory_limit=0)
+    assert torch.equal(streamed.train_images[0], red.train_images[0])
+
+
+def test_turned_tiff_has_its_size(tmp_path):
+    """Pillow has turned it already when it tells the size."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for i in range(4):
+        pixels = save(tmp_path / f"{i}.tif", shape=(12, 16), exif=exif)
+    data = load(tmp_path)
+    both = torch.cat([data.train_images, data.test_images]).numpy()
+    assert both.shape == (4, 3, 16, 12)
+    assert any(np.array_equal(image, np.rot90(pixels, -1).transpose(2, 0, 1)) for image in both)
+
+
+@pytest.mark.parametrize("values", [[0, 2.0], [-1.0, 1], [0, np.nan]])
+def test_floats_out_of_range_are_refused(tmp_path, values):
+    Image.fromarray(np.array([values], np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match="floating-point numbers from .*, not from 0 to 1"):
+        decode(tmp_path / "a.tif", 3, None)
+
+
+# Ugly folders
+
+
+def test_upper_case_and_odd_names_are_read(folder, tmp_path):
+    names = [b"A.PNG", b"B.Jpeg", "猫 мяу.png".encode(), b"line\nbreak.png", b"$x_{$.png", b"caf\xe9.png", b"-.png"]
+    target = tmp_path / "odd"
+    target.mkdir()
+    for name, source in zip(names, sorted((folder / "train" / "cat").iterdir())):
+        shutil.copy(source, os.fsencode(target) + b"/" + name)
+    data = load(target)
+    assert len(data.train_images) + len(data.test_images) == len(names)
+    assert all("\n" not in line for line in data.files)
+    write_listing(data, tmp_path)
+    assert len((tmp_path / "images.txt").read_text(encoding="utf-8").splitlines()) == len(names)
+
+
+def test_data_set_is_called_as_typed(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent.parent)
+    typed = f"{folder.parent.name}/photos/train"
+    assert load(f"{typed}/").name == typed and load(f"{typed}/").class_names == ["cat", "dog"]
+
+
+def test_decompression_bomb_is_a_bad_image(tmp_path, monkeypatch):
+    """Those of which Pillow only warns as well."""
+    for i in range(10):
+        save(tmp_path / f"{i}.png", shape=(8, 8))
+    save(tmp_path / "warned.png", shape=(12, 16))
+    save(tmp_path / "refused.png", shape=(40, 40))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"2 of the 12 images .*: (warned|refused).png \(Image size .* bomb"):
+        load(tmp_path)
+    for options in ({}, {"memory_limit": 0}):
+        assert len(load(tmp_path, skip_bad_images=True, **options).train_images) == 9
+    with pytest.raises(ValueError, match="warned.png cannot be decoded .* bomb"):
+        folders.read_images([tmp_path / "warned.png"], 3, None, "white")
+
+
+def test_postscript_called_png_starts_no_ghostscript(folder, monkeypatch):
+    (folder / "train" / "cat" / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 12\n%%EOF\n")
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **options: started.append(args))
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **options: started.append(args))
+    with pytest.raises(ValueError, match="1 of the 31 images .* train/cat/x.png"):
+        load(folder)
+    with pytest.raises(ValueError, match="x.png cannot be decoded"):
+        folders.read_images([folder / "train" / "cat" / "x.png"], 3, None, "white")
+    assert not started
+
+
+def test_no_librarys_line_reaches_the_user(folder, caplog):
+    """Pillow logs an error for a TIFF file of too many channels, and Python would print it."""
+    entries = [(256, 16), (257, 12), (258, 8), (259, 1), (262, 2), (273, 8), (277, 40), (278, 12), (279, 9)]
+    table = b"".join(tag.to_bytes(2, "little") + b"\3\0\1\0\0\0" + n.to_bytes(4, "little") for tag, n in entries)
+    content = b"II*\0\x08\0\0\0" + len(entries).to_bytes(2, "little") + table + bytes(4)
+    (folder / "train" / "cat" / "many.tif").write_bytes(content)
+    with caplog.at_level(logging.DEBUG, ""), pytest.raises(ValueError, match="train/cat/many.tif"):
+        load(folder)
+    assert not [record for record in caplog.records if record.name.startswith("PIL") and record.levelno > logging.INFO]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")
+def test_pipes_are_never_waited_for(folder):
+    os.mkfifo(folder / "train" / "cat" / "x.png")
+    assert len(load(folder).train_images) == 20
+    with pytest.raises(ValueError, match="x.png cannot be decoded .it is a folder or a pipe"):
+        folders.read_images([folder / "train" / "cat" / "x.png"], 3, None, "white")
+
+
+def test_unreadable_folder_is_named(folder, monkeypatch):
+    """The superuser may read everything, so the system's answer is made."""
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ValueError, match="the folder .*dog cannot be read .Permission denied"):
+        load(folder)
+
+
+def test_runs_inside_the_folder_are_left_out(folder):
+    """But not a folder that merely has a table beside its images."""
+    for name, file in (("results", "checkpoint.pt"), ("started", ".lock.pid")):
+        save(folder / "train" / name / "recon_000010.png")
+        (folder / "train" / name / file).write_bytes(b"")
+    (folder / "train" / "cat" / "metrics.csv").write_text("name,width")
+    data = load(folder)
+    assert len(data.train_images) == 20 and data.class_names == ["cat", "dog"]
+    with pytest.raises(ValueError, match="results is the folder of a run"):
+        walk(folder / "train" / "results")
+
+
+def test_image_beside_class_folders_is_told(folder, capsys):
+    save(folder / "train" / "logo.png")
+    assert load(folder).train_labels is None
+    printed = capsys.readouterr().err
+    assert "no classes: 1 images lie beside the folders" in printed and "logo.png" in printed
+
+
+def test_what_failed_to_decode_once_is_tried_again(folder, tmp_path, monkeypatch):
+    """The disk may have been busy."""
+    original, failed = folders.decode, []
+
+    def fails_once(*args):
+        if not failed:
+            failed.append(True)
+            raise OSError("busy")
+        return original(*args)
+
+    cache = tmp_path / "images.pt"
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "decode", fails_once)
+        data = load(folder, cache=cache, skip_bad_images=True)
+        assert len(data.train_images) + len(data.test_images) == 29
+    again = load(folder, cache=cache, skip_bad_images=True)
+    assert len(again.train_images) + len(again.test_images) == 30

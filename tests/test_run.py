@@ -1,7 +1,9 @@
 """A run stops, goes on, makes way and diverges as the README says."""
 
 import argparse
+import json
 import math
+import os
 import shlex
 import shutil
 import signal
@@ -17,6 +19,9 @@ import pytest
 import torch
 from conftest import ROOT, SIGNALS, SMALL, TINY, program, refusal, rows, same_run, train, train_prior
 
+import evaluate
+import reconstruct
+import sample
 import train as script
 import train_prior as prior_script
 
@@ -417,3 +422,159 @@ def test_command_to_go_on_can_be_pasted(tmp_path, capsys):
     words = shlex.split(capsys.readouterr().err.strip().split("to go on: ")[1])
     assert words[0] == sys.executable and Path(words[1]).samefile(ROOT / "train.py")
     assert words[2:4] == ["--resume", str(folder)]
+
+
+# --flip and --tensorboard
+
+
+def test_flipped_run_goes_on_bit_for_bit(tmp_path, stop_at):
+    flags = [*STEPS, "--flip", "--levels=2"]
+    train(tmp_path / "whole", *flags)
+    stop_at(13, tmp_path / "halves", *flags)
+    train(tmp_path / "halves", *flags)
+    assert same_run(tmp_path / "halves", tmp_path / "whole")
+
+
+def test_flip_is_off_by_default(finished_run, tmp_path):
+    train(tmp_path, *STEPS, "--flip")
+    assert not load_checkpoint(finished_run)["args"]["flip"]
+    assert [a["recon_loss"] != b["recon_loss"] for a, b in zip(rows(tmp_path), rows(finished_run))] == [True] * 6
+
+
+def curves(folder):
+    """What TensorBoard reads in a folder: the points (step, value) of each curve, and the steps of each picture."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0}).Reload()
+    points = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return points, {tag: [e.step for e in events.Images(tag)] for tag in events.Tags()["images"]}
+
+
+def check_curves(folder, metrics, pictures, steps):
+    points, images = curves(folder)
+    expected = {}
+    for row in metrics:
+        for name, value in row.items():
+            if name not in ("step", "dataset") and value:
+                expected.setdefault(name, []).append((int(row["step"]), pytest.approx(float(value), rel=1e-6)))
+    assert points == expected and images == {pictures: steps}
+
+
+def test_tensorboard_shows_the_metrics_without_doubles(finished_run, tmp_path, stop_at):
+    """Stopped between two lines, and killed after lines that no checkpoint holds, the run goes on with its curves."""
+    flags = [*STEPS, "--tensorboard"]
+    stop_at(13, tmp_path, *flags)
+    shutil.copy(tmp_path / "checkpoint_previous.pt", tmp_path / "before.pt")
+    stop_at(18, tmp_path, *flags)
+    shutil.move(tmp_path / "before.pt", tmp_path / "checkpoint.pt")  # of step 10; the line of step 15 comes again
+    train(tmp_path, *flags)
+    assert same_run(tmp_path, finished_run)
+    check_curves(tmp_path / "tensorboard", rows(tmp_path), "reconstructions", [10, 20, 30])
+
+
+def test_tensorboard_of_earlier_run_makes_way(tmp_path):
+    for _ in range(2):
+        train(tmp_path, "--steps=4", "--tensorboard")
+    (archive,) = (path for path in archives(tmp_path) if path.name != "tensorboard")
+    for folder in (tmp_path, archive):
+        check_curves(folder / "tensorboard", rows(folder), "reconstructions", [4])
+
+
+def test_prior_has_curves_of_its_own(trained_run):
+    train_prior(trained_run, "--steps=4", "--save-every=4", "--tensorboard")
+    points, images = curves(trained_run / "prior_tensorboard")
+    assert [step for step, _ in points["train_nats"]] == [2, 4] and images == {"samples": [4]}
+
+
+def test_missing_tensorboard_is_named(trained_run, capsys, monkeypatch):
+    """Before the earlier run makes way."""
+    before = {path.name for path in trained_run.iterdir()}
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    printed = refusal(capsys, script, f"--out-dir={trained_run}", *SMALL, "--steps=2", "--tensorboard")
+    assert "--tensorboard needs the package tensorboard: pip install tensorboard" in printed
+    assert {path.name for path in trained_run.iterdir()} == before
+
+
+def test_tensorboard_is_imported_only_when_asked(tmp_path):
+    done = program("imports_of_a_run.py", tmp_path, *SMALL)
+    assert done.returncode == 0 and "tensorboard" not in done.stdout.splitlines(), done.stderr
+
+
+def test_data_folder_of_any_name_is_logged(folder, tmp_path):
+    """Its bytes need not be text, and a line break costs no line of the metrics."""
+    try:
+        moved = folder.rename(folder.parent / "caf\udce9\nx")
+    except OSError:
+        pytest.skip("names are UTF-8 here")
+    for steps in (6, 11):
+        train(tmp_path / "run", f"--dataset={moved}", f"--steps={steps}", "--batch-size=4", "--fresh")
+    assert [row["step"] for row in rows(tmp_path / "run")] == ["5", "10", "11"]
+    assert rows(tmp_path / "run")[0]["dataset"].endswith("caf\\xe9\\nx")
+
+
+# What happens around a run
+
+
+def test_seconds_survive_a_resume(tmp_path, stop_at):
+    stop_at(3, tmp_path, "--steps=6")
+    saved = load_checkpoint(tmp_path)
+    assert saved["progress"]["seconds"] > 0
+    saved["progress"]["seconds"] += 1000
+    save_checkpoint(tmp_path, saved)
+    train(tmp_path, "--steps=6")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert 1000 < summary["training_seconds"] < summary["seconds"] < 1600
+    assert summary["images_per_second"] == pytest.approx(6 * 16 / summary["training_seconds"])
+
+
+def test_checkpoint_comes_before_every_report(tmp_path, monkeypatch):
+    steps, report = [], script.report
+    monkeypatch.setattr(script, "report", lambda run, *args: (steps.append((run.step, run.saved)), report(run, *args)))
+    train(tmp_path, "--steps=12", "--save-every=4", "--log-every=2")
+    assert steps == [(2, 0), (4, 4), (6, 4), (8, 8), (10, 8), (12, 12)]
+
+
+def test_picture_that_cannot_be_written_is_dropped(tmp_path, in_step, capsys):
+    """It may belong to someone else; here a folder lies in its place."""
+    in_step(2, lambda: (tmp_path / "curves.png").mkdir())
+    train(tmp_path, "--steps=4")
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and "cannot write a picture" in printed and "curves.png" in printed
+    assert (tmp_path / "summary.json").is_file() and (tmp_path / "codebook.png").is_file()
+
+
+def test_going_on_keeps_and_names_the_prior(generating_run, capsys):
+    before = (generating_run / "prior.pt").read_bytes()
+    script.main(script.parse_args([f"--resume={generating_run}", "--steps=31"]))
+    printed = capsys.readouterr().out
+    assert f"the prior in {generating_run} belongs to the VQ-VAE of step 30; train it anew after this run" in printed
+    assert (generating_run / "prior.pt").read_bytes() == before
+    printed = refusal(capsys, sample, f"--run={generating_run}")
+    assert "of step 30, than the one there, of step 31; train it anew" in printed
+
+
+def test_ctrl_c_of_the_group_spares_workers(folder, tmp_path):
+    """A terminal sends it to the workers that read images as well."""
+    flags = [*SMALL, f"--dataset={folder}", "--memory-limit=0", "--steps=5000", "--save-every=5000"]
+    command = [sys.executable, ROOT / "train.py", f"--out-dir={tmp_path / 'run'}", *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes) as process:
+        assert any("step 10/" in line for line in process.stdout)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    step = load_checkpoint(tmp_path / "run")["progress"]["step"]
+    assert process.returncode == 130 and step >= 10 and not errors
+
+
+def test_scripts_respect_the_lock_of_a_run(generating_run, capsys):
+    """Whatever writes into a folder waits for no one: one line names the process that writes there."""
+    flags = [f"--resume={generating_run}", "--steps=9000", "--save-every=9000"]
+    with subprocess.Popen([sys.executable, ROOT / "train.py", *flags], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert any("step 35/" in line for line in process.stdout)
+            before = {path.name for path in generating_run.iterdir()}
+            for call in (evaluate, reconstruct, sample, prior_script):
+                printed = refusal(capsys, call, f"--run={generating_run}")
+                assert f"another run, process {process.pid}, is writing into {generating_run}" in printed
+            assert {path.name for path in generating_run.iterdir()} == before
+        finally:
+            process.kill()

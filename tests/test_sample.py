@@ -4,6 +4,7 @@ import shutil
 
 from harness import data
 from harness.data import load_dataset, to_pixels
+from harness.storage import load_checkpoint, read_state
 
 import numpy as np
 import pytest
@@ -168,3 +169,86 @@ def test_completes_images_of_another_size(prior_run, drawn, tmp_path):
     draw(prior_run, "--complete", tmp_path / "wide.png")
     [(_, [row], *_)] = drawn
     assert np.array_equal(row[0, 0].numpy(), pixels[:, 6:34])
+
+
+@pytest.fixture
+def named_run(folder, tmp_path):
+    """A run on three class folders with odd names, and its prior."""
+    for split in ("train", "test"):
+        for i in range(3):
+            save(folder / split / "$x_{$ & <b>" / f"{i}.png")
+    train(tmp_path / "results", f"--dataset={folder}", "--background=#204060", "--steps=2", "--batch-size=4")
+    train_prior(tmp_path / "results", "--steps=2", "--save-every=2", "--batch-size=4")
+    return tmp_path / "results"
+
+
+def test_class_names_go_from_folders_to_samples(named_run, drawn, capsys):
+    """Into both checkpoints' files and the rows of the pictures, and they may be typed, mixed with numbers."""
+    names = ["$x_{$ & <b>", "cat", "dog"]
+    assert load_checkpoint(named_run)["identity"]["class_names"] == names
+    assert read_state(named_run / "codes.pt")[0]["class_names"] == names
+    assert (named_run / "samples_000002.png").is_file()
+    draw(named_run, "--classes=dog,0,cat", "--num=6")
+    assert list(drawn[0][3]) == ["dog", "$x_{$ & <b>", "cat"]
+    expected = sample(*load_run(named_run), num=6, classes=[2, 0, 1])
+    assert torch.equal(torch.cat(list(drawn[0][1])), expected)
+    draw(named_run)
+    assert list(drawn[1][3]) == names
+    assert "there is no class bird; there are $x_{$ & <b>, cat, dog" in refusal(
+        capsys, sample_script, "--run", named_run, "--classes=cat,bird"
+    )
+
+
+def test_transparent_image_is_completed_over_background(named_run, drawn, tmp_path):
+    Image.new("RGBA", (16, 12)).save(tmp_path / "clear.png")
+    draw(named_run, "--complete", tmp_path / "clear.png")
+    assert drawn[0][1][0][0].flatten(1).unique(dim=1).tolist() == [[32], [64], [96]]
+
+
+def test_row_labels_fit_into_the_picture(tmp_path, monkeypatch):
+    """Whatever they are called, drawn as they are written."""
+    made, figure = [], sample_script.figures.Figure
+    monkeypatch.setattr(sample_script.figures, "Figure", lambda **options: made.append(figure(**options)) or made[-1])
+    names = ["Smileys & Emotion", "$x_{$", "ANIMALS & NATURE", "i"]
+    rows = [torch.zeros(2, 3, 8, 8, dtype=torch.uint8)] * 4
+    sample_script.figures.save_samples(tmp_path / "a.png", rows, "samples", names)
+    labels = made[0].axes[0].get_yticklabels()
+    assert [label.get_text() for label in labels] == names
+    assert all(label.get_window_extent().x0 >= 0 for label in labels)
+
+
+def test_flags_arrive_at_the_sampler(generating_run, monkeypatch):
+    options, generate = [], sample_script.generate
+    monkeypatch.setattr(sample_script, "generate", lambda *a, **o: (options.append(o), generate(*a, **o))[1])
+    draw(generating_run, "--num=2", "--temperature=0.5", "--top-k=3", "--top-p=0.8", "--guidance=2.5", "--seed=7")
+    (found,) = options
+    assert {name: found[name] for name in ("temperature", "top_k", "top_p", "guidance")} == {
+        "temperature": 0.5, "top_k": 3, "top_p": 0.8, "guidance": 2.5
+    }  # fmt: skip
+    assert found["generator"].initial_seed() == 7
+
+
+def test_completions_belong_to_their_image(generating_run, drawn, monkeypatch, tmp_path):
+    """The sampler here adds code 0 to the given ones, so that each completion is known."""
+
+    def generate(prior, labels, given, **_):
+        return torch.cat([given, given.new_zeros(len(given), prior.length - given.shape[1])], 1)
+
+    monkeypatch.setattr(sample_script, "generate", generate)
+    images = load_dataset("digits", "").test_images[:3]
+    for i, image in enumerate(images):
+        Image.fromarray(image[0].numpy()).save(tmp_path / f"{i}.png")
+    draw(generating_run, "--keep=0.99", "--complete", *(tmp_path / f"{i}.png" for i in range(3)))
+    [(_, rows, *_)] = drawn
+    model, _ = load_run(generating_run)
+    codes = model.encode(to_pixels(images, "cpu"))[0]
+    codes[:, -1, -1] = 0
+    expected = (model.decode([codes]) * 255).round().to(torch.uint8)
+    assert len(rows) == 3
+    for row, image, made in zip(rows, images, expected):
+        assert torch.equal(row[0], image) and len(row) == 9
+        assert all((completion.int() - made.int()).abs().max() <= 1 for completion in row[1:])
+
+
+def test_number_beyond_the_memory_is_refused(capsys, prior_run):
+    assert "draw fewer at a time" in refusal(capsys, sample_script, "--run", prior_run, "--num=2147483647")

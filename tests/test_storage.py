@@ -282,6 +282,24 @@ def test_second_run_in_a_folder_is_refused(tmp_path, capsys):
     assert load_checkpoint(tmp_path)["progress"]["step"] == 2 and not list(tmp_path.glob("*.tmp"))
 
 
+def test_only_our_own_temporary_files_are_removed(trained_run):
+    """Those of a killed run go; what a user calls so stays."""
+    for name in ("a.0123456789abcdef.tmp", "notes.tmp", "a.0123456789ABCDEF.tmp"):
+        (trained_run / name).write_text("")
+    (trained_run / "mine.tmp").mkdir()
+    evaluate.main(evaluate.parse_args([f"--run={trained_run}"]))
+    left = {path.name for path in trained_run.glob("*.tmp")}
+    assert left == {"notes.tmp", "a.0123456789ABCDEF.tmp", "mine.tmp"}
+
+
+def test_file_system_without_locks_is_named(trained_run, capsys, monkeypatch):
+    def acquire(*_, **options):
+        raise NotImplementedError("flock")
+
+    monkeypatch.setattr(storage.filelock.BaseFileLock, "acquire", acquire)
+    assert "has no locks" in refusal(capsys, evaluate, f"--run={trained_run}")
+
+
 def test_refused_run_unlocks_its_folder(tmp_path, capsys):
     """A notebook's process lives on after a mistake."""
     with pytest.raises(SystemExit) as refused:  # holds the frames of the refused run
@@ -309,12 +327,14 @@ def test_unwritable_folder_is_refused_before_data_loads(capsys, trained_run, mon
         ("step,loss\n5,1\n1", "step,loss\n5,1\n"),  # and looks like a step
         ("step,loss\n15,3\n", None),
         ("step,lo", None),
+        ("step,loss\n5,1\nmine,2\n10,2\n", "step,loss\n5,1\n10,2\n"),
+        ("\udcfe\udcff\x00,loss\n\udcff,1\n", None),  # someone wrote other bytes into it
         ("", None),
     ],
 )
 def test_metrics_are_trimmed_to_a_step(tmp_path, text, kept):
     path = tmp_path / "metrics.csv"
-    path.write_text(text)
+    path.write_text(text, errors="surrogateescape")
     trim_metrics(path, 10)
     assert (path.read_text() if path.exists() else None) == kept
     trim_metrics(tmp_path / "missing.csv", 10)

@@ -17,6 +17,7 @@ from torchvision import datasets
 import evaluate
 import train as script
 from model import build_model, load_model
+from quantizer import VectorQuantizer
 
 COLUMNS = "step,recon_loss,codebook_loss,commitment_loss,codes_used,perplexity,test_mse,dataset"
 
@@ -184,3 +185,41 @@ def test_measuring_other_images_is_refused(capsys, folder, tmp_path):
     moved = folder.rename(tmp_path / "cats, $dogs$")
     evaluate.main(evaluate.parse_args([f"--run={tmp_path / 'run'}", f"--data-dir={moved}"]))
     assert (tmp_path / "run" / "evaluation.json").is_file()
+
+
+def test_revived_codes_lose_their_momentum(tmp_path, monkeypatch):
+    """Each step resets the moments of revived codes, after backward and before the optimizer moves them."""
+    calls = []
+    for owner, name in ((VectorQuantizer, "reset_revived"), (torch.Tensor, "backward"), (torch.optim.Adam, "step")):
+        original = getattr(owner, name)
+        monkeypatch.setattr(
+            owner, name, lambda *a, name=name, original=original, **k: (calls.append(name), original(*a, **k))[1]
+        )
+    train(tmp_path, "--steps=3")
+    assert calls == ["backward", "reset_revived", "step"] * 3
+
+
+def test_logged_means_are_those_of_the_interval(tmp_path):
+    train(tmp_path / "each", "--steps=6", "--log-every=1")
+    train(tmp_path / "third", "--steps=6", "--log-every=3")
+    for name in ("recon_loss", "codebook_loss", "commitment_loss"):
+        each = [float(row[name]) for row in rows(tmp_path / "each")]
+        means = [float(row[name]) for row in rows(tmp_path / "third")]
+        assert means == pytest.approx([sum(each[:3]) / 3, sum(each[3:]) / 3], rel=1e-5)
+
+
+def test_summary_is_over_all_test_images(tmp_path, monkeypatch):
+    """The curve is of fewer."""
+    monkeypatch.setattr(script, "CURVE_IMAGES", 40)
+    train(tmp_path, "--steps=2")
+    model, images = load_model(load_checkpoint(tmp_path)), load_dataset("digits").test_images
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["test_mse"] == pytest.approx(evaluate.evaluate(model, images)[0]["test_mse"], rel=1e-6)
+    curve = evaluate.evaluate(model, images[:40])[0]["test_mse"]
+    assert float(rows(tmp_path)[-1]["test_mse"]) == pytest.approx(curve, rel=1e-6)
+    assert summary["test_mse"] != pytest.approx(curve, rel=1e-6)
+
+
+def test_size_beyond_the_memory_is_refused(capsys, tmp_path):
+    printed = refusal(capsys, script, "--dataset=digits", f"--out-dir={tmp_path}", "--image-size=1000000")
+    assert "--image-size 1000000 takes" in printed and "make it smaller" in printed

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY, refusal, same_state, train_prior
 
+import sample
 import train as vqvae_script
 import train_prior as script
 from prior import Prior
@@ -230,3 +231,37 @@ def test_a_tenth_of_the_labels_are_dropped(trained_run, trained_on):
     seen = torch.cat([labels for _, labels in trained_on])
     assert len(seen) == 60 * 32 and 0.07 < (seen == 10).float().mean() < 0.13
     assert F.one_hot(seen, 11).sum(0).min() > 0
+
+
+def test_best_prior_is_kept_not_the_last(trained_run, monkeypatch):
+    """Of three measurements the second is the lowest; what is kept is a copy of the weights of that step."""
+    seen, measured = [], iter([3.0, 1.0, 2.0])
+
+    def nats(prior, *_, **options):
+        seen.append({name: value.clone() for name, value in prior.state_dict().items()})
+        return next(measured, 9.0)
+
+    monkeypatch.setattr(script, "nats", nats)
+    train_prior(trained_run, "--steps=6", "--save-every=2")
+    saved = load_checkpoint(trained_run, "prior")
+    assert saved["best"]["step"] == 4 and saved["best"]["held_out_nats"] == 1
+    assert same_state(saved["best"]["model"], seen[1]) and not same_state(seen[1], seen[2])
+    assert same_state(saved["model"], seen[2])
+    assert same_state(dict(load_run(trained_run)[1].state_dict()), seen[1])
+    assert all(same_state(weights, seen[1]) for weights in seen[3:])  # those that the summary measures
+    summary = json.loads((trained_run / "prior_summary.json").read_text())
+    assert summary["best_step"] == 4 and summary["held_out_nats_per_code_given_class"] == 1
+
+
+def test_samples_while_training_are_drawn_without_dropout(trained_run, monkeypatch):
+    modes, generate = [], sample.generate
+    monkeypatch.setattr(
+        sample, "generate", lambda prior, *a, **o: (modes.append(prior.training), generate(prior, *a, **o))[1]
+    )
+    train_prior(trained_run, "--steps=4", "--save-every=2")
+    assert modes == [False] * 2
+
+
+def test_prior_trains_with_dropout_after_a_report(trained_run, trained_on):
+    train_prior(trained_run, "--steps=4", "--save-every=2")
+    assert len(trained_on) == 4

@@ -1,0 +1,558 @@
+"""See the codes of a trained VQ-VAE in the browser, and change them: `python demo.py --run results`.
+
+Shapes: C channels, H x W pixels, N images; a level has a grid of h x w codes out of K
+    image   (C, H, W) uint8
+    levels  a list with the indices of each level, top first: (N, h, w) int64, or (h, w) of one image
+"""
+
+import argparse
+import base64
+import html
+import io
+import math
+import os
+import tempfile
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from harness.cli import command, make_parser, number, say, user_errors
+from harness.data import chunks, dataset_of, first_images, to_pixels, to_uint8
+from harness.figures import code_colors, psnr
+from harness.folder import FORMATS, decode, pillow_warnings, reason_of
+from harness.machine import pick_device
+from harness.storage import checkpoint_path, load_checkpoint
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+
+from model import VQVAE, load_model
+from prior import Prior
+from sample import COMPLETIONS, GUIDANCE, TEMPERATURE, TOP_P, draw_codes, load_run
+
+try:
+    import gradio as gr
+except ImportError:
+    gr = None  # what the page computes works without it
+
+ASSETS = Path(__file__).parent / "assets"
+RUNS = ("results", "pretrained/mnist")  # the first that holds a checkpoint is shown
+MAX_BYTES, MAX_PIXELS = 5 * 2**20, 2**24  # of an upload
+EXAMPLES, EXAMPLE_PIXELS = 1000, 2**22  # most images behind a palette, and most pixels of these
+PALETTE = 1024  # most codes in a palette: of a larger codebook those used most
+SHOWN, DRAWN = 32, 20  # images to pick from, and new ones drawn at once
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+UNDO = 100  # changes that can be taken back
+PICTURES = {
+    "curves.png": "The losses, the error on test images, and how many codes are in use.",
+    "recon_*.png": "Test images, each above its reconstruction.",
+    "codebook.png": "The codes among the encoder's outputs, and how often each is used.",
+    "prior_curves.png": "How well the prior predicts the next code.",
+}
+
+
+class Page(NamedTuple):
+    """What all visitors share, and nobody changes."""
+
+    model: VQVAE
+    prior: Prior | None
+    checkpoint: dict
+    examples: Tensor  # (N, C, H, W) uint8
+    colors: list[np.ndarray]  # (K, 3) of each level
+    palettes: list[tuple[list[int], Tensor]]  # of each level its codes, sorted, and what they draw
+    missing: dict[str, str]  # why there is no "prior", or no "test images"
+
+
+class Edit(NamedTuple):
+    """What one visitor works on."""
+
+    image: Tensor | None  # None: the prior drew these codes
+    levels: list[Tensor]
+    chosen: tuple[int, ...]  # of each level, the position whose code the next click on its palette replaces
+    earlier: tuple[list[Tensor], ...] = ()  # the levels before each change
+
+
+# Loading
+
+
+def load_page(run: str, data_dir: str | None = None, device: torch.device | str = "cpu") -> Page:
+    """Load a run, with its prior and its test images as far as they are there.
+
+    Raises:
+        ValueError: the run holds no VQ-VAE.
+    """
+    checkpoint, missing, prior = load_checkpoint(run), {}, None
+    model = load_model(checkpoint, device)
+    try:
+        prior = load_run(run, device)[1]
+    except ValueError as error:
+        how = command("train_prior.py", "--run", run, start="python")
+        missing["prior"] = f"To draw new images, first train a prior: {how} ({error})."
+    try:
+        images = dataset_of(checkpoint, Path(run), data_dir).test_images
+        examples = first_images(images, min(EXAMPLES, max(SHOWN, EXAMPLE_PIXELS // math.prod(model.image_size))))
+        levels = encode(model, examples)
+    except (ValueError, OSError) as error:
+        missing["test images"] = f"There are no test images here ({error})."
+        if prior:
+            levels = draw(model, prior, DRAWN)
+        else:
+            levels = encode(model, torch.zeros(1, model.channels, *model.image_size, dtype=torch.uint8))
+        examples = render(model, levels)
+    colors = [code_colors(level.quantizer.codebook.detach().cpu()) for level in model.levels]
+    palettes = [make_palette(model, levels, level) for level in range(len(levels))]
+    return Page(model, prior, checkpoint, examples, colors, palettes, missing)
+
+
+def make_palette(model: VQVAE, levels: list[Tensor], level: int) -> tuple[list[int], Tensor]:
+    """Return a level's codes, sorted so that neighbours look alike, and what they draw: patches (n, C, S, S) uint8.
+
+    A patch is the mean over where the code stands in the images of some levels (N, h, w); of a code that is in none of
+    them, what it draws among its own kind.
+    """
+    stride, uses = model.strides[level], model.levels[level].quantizer.ema_counts.cpu()
+    codes = uses.topk(min(PALETTE, len(uses))).indices
+    alone = [None] * len(levels)
+    alone[level] = codes[:, None, None].expand(-1, 4, 4)  # 4: whole codes at both levels
+    means = patches_of(render(model, alone, [4 * stride] * 2), stride).unflatten(0, (len(codes), 16))[
+        :, 5
+    ]  # away from the edge
+    sums, counts = torch.zeros(len(uses), *means.shape[1:]), torch.zeros(len(uses))
+    for part in chunks(len(levels[0]), model.image_size):
+        found, whole = [of_level[part] for of_level in levels], [stride * side for side in levels[level].shape[1:]]
+        sums.index_add_(0, found[level].flatten(), patches_of(render(model, found, whole), stride))
+        counts += found[level].flatten().bincount(minlength=len(uses))
+    seen = counts[codes] > 0
+    means[seen] = sums[codes[seen]] / counts[codes[seen], None, None, None]
+
+    # From each code to the most similar one that is left, starting at the brightest
+    flat = means.flatten(1)
+    distances, order = torch.cdist(flat, flat), [int(flat.sum(1).argmax())]
+    for _ in range(len(codes) - 1):
+        distances[:, order[-1]] = torch.inf
+        order.append(int(distances[order[-1]].argmin()))
+    return codes[order].tolist(), means[order].round().to(torch.uint8)
+
+
+def patches_of(images: Tensor, size: int) -> Tensor:
+    """Cut images (N, C, h size, w size) into float patches (N h w, C, size, size), row by row."""
+    return images.float().unfold(2, size, size).unfold(3, size, size).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+
+
+def read_image(content: bytes, page: Page) -> Tensor:
+    """Return an image file as the model needs it, (C, H, W) uint8.
+
+    Raises:
+        ValueError: it is too large, or no image.
+    """
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"The file has {len(content) / 2**20:.1f} MB; choose one of at most {MAX_BYTES // 2**20} MB.")
+    try:
+        with pillow_warnings():
+            with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
+                pixels = math.prod(opened.size)
+            if pixels > MAX_PIXELS:
+                raise ValueError(f"it has {pixels / 1e6:.0f} million pixels, and may have {MAX_PIXELS / 1e6:.0f}")
+            model, background = page.model, page.checkpoint["args"]["background"]
+            return decode(io.BytesIO(content), model.channels, model.image_size, background)
+    except Exception as error:  # damaged files surface as almost any exception
+        raise ValueError(f"The file cannot be shown: {reason_of(error)}.") from None
+
+
+# Images and codes
+
+
+def encode(model: VQVAE, images: Tensor) -> list[Tensor]:
+    """Return the levels of images (N, C, H, W), on the CPU."""
+    parts = [model.encode(to_pixels(images[part], model.mean.device)) for part in chunks(len(images), model.image_size)]
+    return [torch.cat(level).cpu() for level in zip(*parts)]
+
+
+@torch.inference_mode()
+def render(model: VQVAE, levels: list[Tensor | None], size: Sequence[int] | None = None) -> Tensor:
+    """Return the images (N, C, H, W) uint8 of levels (N, h, w), on the CPU; None stands for a level's average code."""
+    count = next(len(level) for level in levels if level is not None)
+    images = []
+    for part in chunks(count, model.image_size):
+        indices = [None if level is None else level[part].to(model.mean.device) for level in levels]
+        images.append(to_uint8(model.decode(indices, size)).cpu())
+    return torch.cat(images)
+
+
+def draw(model: VQVAE, prior: Prior, count: int, label: int = -1, given: Tensor | None = None, **options) -> list:
+    """Draw the levels of `count` new images of a class, -1: of any, going on from the codes (t,) given."""
+    labels = torch.full((count,), prior.classes if label < 0 else label)
+    given = None if given is None else given.expand(count, -1)
+    return [level.cpu() for level in draw_codes(model, prior, labels, given=given, **options)]
+
+
+def start_edit(levels: list[Tensor], image: Tensor | None = None) -> Edit:
+    """Start from the codes (h, w) of an image, with the one in the middle of each level chosen."""
+    return Edit(image, levels, tuple(len(codes) // 2 * codes.shape[1] + codes.shape[1] // 2 for codes in levels))
+
+
+def edit_image(model: VQVAE, image: Tensor) -> Edit:
+    return start_edit([level[0] for level in encode(model, image[None])], image)
+
+
+def choose(edit: Edit, level: int, position: int) -> Edit:
+    chosen = list(edit.chosen)
+    chosen[level] = min(max(0, position), edit.levels[level].numel() - 1)
+    return edit._replace(chosen=tuple(chosen))
+
+
+def replace_code(edit: Edit, level: int, code: int) -> Edit:
+    """Put a code at the chosen position of a level."""
+    levels = [codes.clone() for codes in edit.levels]
+    levels[level].view(-1)[edit.chosen[level]] = code
+    return edit._replace(levels=levels, earlier=(*edit.earlier, edit.levels)[-UNDO:])
+
+
+def undo(edit: Edit) -> Edit:
+    return edit._replace(levels=edit.earlier[-1], earlier=edit.earlier[:-1]) if edit.earlier else edit
+
+
+def size_in_bits(model: VQVAE, levels: list[Tensor]) -> str:
+    """Say what the codes (h, w) of an image take, beside its pixels."""
+    count, bits = sum(codes.numel() for codes in levels), math.log2(model.levels[0].quantizer.codebook_size)
+    pixels = model.channels * math.prod(model.image_size) * 8
+    return f"{count} codes of {bits:.3g} bits: {count * bits:,.0f} bits, where the pixels take {pixels:,}."
+
+
+# What the page shows
+
+
+def png(image: Tensor) -> bytes:
+    content = io.BytesIO()
+    to_pil_image(image).save(content, "PNG")
+    return content.getvalue()
+
+
+def data_url(content: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
+def sentence(text: str) -> str:
+    return f"<p>{html.escape(text)}</p>"
+
+
+def figure(content: str | bytes, caption: str) -> str:
+    """Return a picture, a PNG or what HTML draws, above its caption."""
+    caption = html.escape(caption)
+    content = f'<img src="{data_url(content)}" alt="{caption}">' if isinstance(content, bytes) else content
+    return f"<figure>{content}<figcaption>{caption}</figcaption></figure>"
+
+
+def tile(index: int, name: str, style: str, text: str = "", pressed: bool = False) -> str:
+    """Return a button of a grid; the arrow keys go from one to the next, a click sends its index."""
+    state = f'tabindex="{-1 + pressed}" aria-pressed="{str(pressed).lower()}"'
+    return f'<button data-index="{index}" title="{name}" {state} style="{style}">{text}</button>'
+
+
+def image_tiles(images: Tensor, names: Sequence[str], indices: Sequence[int]) -> str:
+    """Show images (N, C, H, W) as a grid of tiles."""
+    styles = [f"background-image:url({data_url(png(image))})" for image in images]
+    shown = [tile(*row, pressed=i == 0) for i, row in enumerate(zip(indices, names, styles))]
+    return f'<div class="tiles" style="--ratio:{images.shape[3] / images.shape[2]}">{"".join(shown)}</div>'
+
+
+def code_tiles(codes: Tensor, colors: np.ndarray, chosen: int | None = None, keep: int | None = None) -> str:
+    """Show codes (h, w) in their colours, with their numbers; those from the place `keep` on are left blank."""
+    shown = []
+    for i, code in enumerate(codes.flatten().tolist()):
+        name = f"row {i // codes.shape[1] + 1}, column {i % codes.shape[1] + 1}: code {code}"
+        ink = "white" if colors[code] @ (0.299, 0.587, 0.114) < 0.5 else "black"
+        style = "background:rgb({:.0f},{:.0f},{:.0f});color:{}".format(*255 * colors[code], ink)
+        kept = keep is None or i < keep
+        shown.append(tile(i, name, style, str(code), i == chosen) if kept else "<button disabled></button>")
+    height, width = codes.shape
+    return f'<div class="codes" style="--columns:{width};--ratio:{width / height}">{"".join(shown)}</div>'
+
+
+def show_edit(page: Page, edit: Edit) -> list:
+    """Return what the editor shows: the edit, the image, each level's codes, the reconstruction, what it takes."""
+    grids = []
+    for i, (name, codes, chosen) in enumerate(zip(page.model.level_names, edit.levels, edit.chosen)):
+        code, (row, column) = int(codes.flatten()[chosen]), divmod(chosen, codes.shape[1])
+        caption = f"{name} codes; chosen: {code}, in row {row + 1}, column {column + 1}".strip().capitalize()
+        mark = f'<style>#palette-{i} [data-index="{code}"] {{ outline: var(--mark); z-index: 1 }}</style>'
+        grids.append(figure(code_tiles(codes, page.colors[i], chosen), caption) + mark)
+    made = render(page.model, [codes[None] for codes in edit.levels])[0]
+    image, caption = figure("", "No image: the prior drew these codes"), "What the decoder makes of them"
+    if edit.image is not None:
+        image = figure(png(edit.image), "Image")
+        caption = f"Reconstruction: {psnr(made / 255, edit.image / 255):.1f} dB PSNR"
+    return [edit, image, *grids, figure(png(made), caption), sentence(size_in_bits(page.model, edit.levels))]
+
+
+def show_samples(model: VQVAE, levels: list[Tensor], depth: int) -> str:
+    """Return tiles of the images of levels (N, h, w), after the first `depth` of these."""
+    known = [codes if i < depth else None for i, codes in enumerate(levels)]
+    indices = range(len(levels[0]))
+    return image_tiles(render(model, known), [f"image {i + 1}: change its codes" for i in indices], indices)
+
+
+def show_kept(page: Page, levels: list[Tensor], keep: int) -> list[str]:
+    """Return each level's codes (h, w), of which the first `keep` are kept."""
+    shown = []
+    for codes, colors in zip(levels, page.colors):
+        shown.append(figure(code_tiles(codes, colors, keep=keep), f"{min(max(keep, 0), codes.numel())} codes are kept"))
+        keep -= codes.numel()
+    return shown
+
+
+def show_training(run: str) -> str:
+    """Return the pictures that training has left in a run's folder."""
+    found = {text: sorted(Path(run).glob(name)) for name, text in PICTURES.items()}
+    shown = "".join(figure(paths[-1].read_bytes(), text) for text, paths in found.items() if paths)
+    none = sentence("This folder keeps none of them; train.py leaves them in the folder of a run of your own.")
+    return f'<div class="training">{shown or none}</div>'
+
+
+def describe(page: Page, run: str) -> str:
+    """Say what is shown, in the words of the README."""
+    args, (height, width) = page.checkpoint["args"], page.model.image_size
+    grids = " and ".join("x".join(map(str, level.shape[1:])) for level in encode(page.model, page.examples[:1]))
+    return (
+        f"This VQ-VAE was trained on {args['dataset']} (in {run}). It turns an image of {height}x{width} pixels into "
+        f"{grids} codes out of {args['codebook_size']}, and those back into the image."
+    )
+
+
+# The page
+
+
+def build(page: Page, run: str):
+    """Make the page of a run."""
+    with gr.Blocks(title="The codes of a VQ-VAE", analytics_enabled=False, delete_cache=(60, 60)) as app:
+        text(f"<h1>The codes of a VQ-VAE</h1>{sentence(describe(page, run))}")
+        with gr.Tabs(selected="edit") as tabs:
+            with gr.Tab("Change", id="edit"):
+                editor = edit_tab(page)
+            with gr.Tab("Draw", id="draw"):
+                new = f"The prior draws the codes of {DRAWN} new images. Click one to change its codes."
+                text(sentence(page.missing.get("prior", new)))
+                if page.prior is not None:
+                    draw_tab(page, editor, tabs)
+            with gr.Tab("Complete", id="complete") as tab:
+                rest = f"The prior keeps the first codes of the image at hand, and draws the rest {COMPLETIONS} times."
+                text(sentence(page.missing.get("prior", rest)))
+                if page.prior is not None:
+                    complete_tab(page, editor, tabs, tab)
+            with gr.Tab("Training", id="training"):
+                text(sentence("What train.py and train_prior.py have drawn.") + show_training(run))
+    return app
+
+
+def edit_tab(page: Page) -> list:
+    """Make the editor of an image's codes; return the components that `show_edit` fills."""
+    model, first = page.model, edit_image(page.model, page.examples[0])
+    edit, image, *grids, made, size = show_edit(page, first)
+
+    pick = "The encoder turns it into a grid of codes, and the decoder turns these back into an image."
+    text(f"<h2>Pick an image</h2>{sentence(page.missing.get('test images', pick))}")
+    shown = range(min(SHOWN, len(page.examples)))
+    names = [f"image {i + 1}" for i in shown]
+    examples = tiles(image_tiles(page.examples[:SHOWN], names, shown), elem_id="examples")
+    with gr.Accordion("Or upload one, or draw one", open=False, elem_id="own"):
+        own = (
+            f"It may have {MAX_BYTES // 2**20} MB and {MAX_PIXELS // 10**6} million pixels. It is cropped to the shape"
+        )
+        text(sentence(f"{own} of the training images, and the upload is deleted at once."))
+        upload = gr.UploadButton("Upload an image", size="sm", file_types=["image"], elem_id="upload")
+        options = {"height": model.image_size[0], "width": model.image_size[1], "color": model.channels > 1}
+        canvas = text(elem_id="canvas", js_on_load=script("demo_canvas.js"), **options)
+
+    change = "Click a code in the grid, then another one in the palette: the image changes at once."
+    text(f"<h2>Change its codes</h2>{sentence(change)}")
+    edit = gr.State(edit)
+    with gr.Row(elem_id="editor"):
+        image = text(image)
+        grids = [tiles(grid, elem_id=f"codes-{i}", elem_classes="grid") for i, grid in enumerate(grids)]
+        made = text(made, elem_id="made")
+    editor = [edit, image, *grids, made, text(size)]
+    back = gr.Button("Back: undo the last change", size="sm", elem_id="back")
+
+    def on(event, function, *inputs):  # show the edit that the function returns
+        listen(event, lambda *values: show_edit(page, function(*values)), inputs, editor)
+
+    on(examples.select, lambda event: edit_image(model, page.examples[event.index]))
+    on(upload.upload, lambda _, path: edit_image(model, read_image(take(path), page)), upload)
+    on(canvas.submit, lambda event: edit_image(model, read_image(base64.b64decode(event.image), page)))
+    on(back.click, lambda _, edit: undo(edit), edit)
+    for i, (name, grid, (codes, patches)) in enumerate(zip(model.level_names, grids, page.palettes)):
+        patch = "Each code as the patch that it draws on average; neighbours look alike."
+        text(f"<h3>{f'{name} palette'.strip().capitalize()}</h3>{sentence(patch)}")
+        shown = image_tiles(patches, [f"code {code}" for code in codes], codes)
+        palette = tiles(shown, elem_id=f"palette-{i}", elem_classes="palette")
+        on(grid.select, lambda event, edit, i=i: choose(edit, i, event.index), edit)
+        on(palette.select, lambda event, edit, i=i: replace_code(edit, i, event.index), edit)
+    return editor
+
+
+def draw_tab(page: Page, editor: list, tabs):
+    """Make the controls that draw new images."""
+    model, names = page.model, page.checkpoint["identity"]["class_names"] or []
+    with gr.Row():
+        classes = [("any", -1), *((name, i) for i, name in enumerate(names))]
+        label = gr.Dropdown(classes, value=-1, label="Class", info="What the images are to show.")
+        seed = seed_box()
+    with gr.Row():
+        options = [
+            slider("Temperature", "Below 1: likelier codes.", 0.1, 2, TEMPERATURE, 0.05),
+            slider("Top-p", "Below 1: without the least likely codes.", 0.05, 1, TOP_P, 0.01),
+            slider("Guidance", "Above 1: more typical of the class.", 0, 4, GUIDANCE, 0.05),
+        ]
+    go = gr.Button("Draw", variant="primary", elem_id="go")
+    count, info = len(model.levels), "Shows the images after so many levels of codes, top first."
+    depth = slider("Levels", info, 1, max(2, count), count, 1, visible=count > 1)
+    drawn, samples = gr.State(), tiles(elem_id="samples", elem_classes="large")
+
+    def draw_new(_, depth, label, seed, *values):
+        chosen = dict(zip(("temperature", "top_p", "guidance"), values))
+        levels = draw(model, page.prior, DRAWN, label, seed=int(seed or 0) % 2**63, **chosen)
+        return levels, show_samples(model, levels, depth)
+
+    def show_depth(_, levels, depth):
+        return show_samples(model, levels, depth) if levels else ""
+
+    listen(go.click, draw_new, [depth, label, seed, *options], [drawn, samples], "minimal")
+    listen(depth.change, show_depth, [drawn, depth], [samples])
+    open_tiles(page, samples, drawn, editor, tabs)
+
+
+def complete_tab(page: Page, editor: list, tabs, tab):
+    """Make the controls that complete the image in the editor."""
+    edit, total = editor[0], page.prior.length
+    with gr.Row():
+        info = "How many codes stay, row by row; the rest is drawn."
+        keep, seed = slider("Codes to keep", info, 0, total, total // 2, 1), seed_box()
+    finish = gr.Button("Complete", variant="primary", elem_id="finish")
+    with gr.Row(elem_id="kept"):
+        kept = [text(elem_classes="grid") for _ in page.model.levels]
+    drawn, endings = gr.State(), tiles(elem_id="endings", elem_classes="large")
+
+    def complete(_, edit, keep, seed):
+        given = torch.cat([codes.flatten() for codes in edit.levels])[:keep]
+        levels = draw(page.model, page.prior, COMPLETIONS, given=given, seed=int(seed or 0) % 2**63)
+        return levels, show_samples(page.model, levels, len(levels))
+
+    def show(_, edit, keep):
+        shown = show_kept(page, edit.levels, keep)
+        return shown if len(shown) > 1 else shown[0]
+
+    listen(finish.click, complete, [edit, keep, seed], [drawn, endings], "minimal")
+    listen(tab.select, show, [edit, keep], kept)
+    listen(keep.change, show, [edit, keep], kept)
+    open_tiles(page, endings, drawn, editor, tabs)
+
+
+def open_tiles(page: Page, tiles, drawn, editor: list, tabs):
+    """Have a click on a tile bring the codes behind it into the editor."""
+
+    def show(event, levels):
+        edit = start_edit([codes[event.index] for codes in levels])
+        return [*show_edit(page, edit), gr.Tabs(selected="edit")]
+
+    listen(tiles.select, show, [drawn], [*editor, tabs])
+
+
+# Parts of the page
+
+
+def script(name: str) -> str:
+    return (ASSETS / name).read_text(encoding="utf-8")
+
+
+def text(value: str = "", js_on_load: str | None = None, **options):
+    return gr.HTML(value, js_on_load=js_on_load, apply_default_css=False, **options)
+
+
+def tiles(value: str = "", **options):
+    return text(value, script("demo_tiles.js"), **options)
+
+
+def slider(label: str, info: str, low: float, high: float, value: float, step: float, **options):
+    return gr.Slider(low, high, value, step=step, label=label, info=info, buttons=[], min_width=240, **options)
+
+
+def seed_box():
+    info = "The same seed draws the same images."
+    return gr.Number(0, precision=0, label="Seed", info=info)
+
+
+def listen(event, function, inputs, outputs, progress="hidden"):
+    """Call a function with the event's data and the inputs' values; an error becomes one sentence in the page."""
+
+    def call(data: gr.EventData, *values):
+        try:
+            return function(data, *values)
+        except (ValueError, OSError) as error:
+            message = str(error)
+        except Exception:
+            traceback.print_exc()
+            message = "This did not work, and the fault is ours; the terminal that runs demo.py says more."
+        gr.Warning(html.escape(message), title="Not done")
+        return [gr.skip()] * len(outputs) if len(outputs) > 1 else gr.skip()
+
+    # One after another, or a click on the palette could miss the choice just before it.
+    order = {"concurrency_id": progress, "concurrency_limit": 1, "trigger_mode": "multiple"}
+    event(call, [*inputs], [*outputs], show_progress=progress, api_visibility="private", **order)
+
+
+def take(path: str) -> bytes:
+    """Read an upload, and delete it."""
+    try:
+        return Path(path).read_bytes()
+    finally:
+        Path(path).unlink(missing_ok=True)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser("Serve a page on which to see the codes of a run of train.py, and to change them.")
+    runs = [run for run in RUNS if checkpoint_path(run).is_file()]
+    parser.add_argument("--run", default=[*runs, RUNS[0]][0], help="folder of the run")
+    parser.add_argument("--data-dir", help="folder of the data set, if it is not where it was for training")
+    parser.add_argument("--host", default="127.0.0.1", help="address to serve on; others may be open to a network")
+    parser.add_argument("--port", type=number(int, 0, 65536), help="port to serve on; by default a free one from 7860")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace):
+    with user_errors(), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        if gr is None:
+            raise ValueError("the page needs gradio: pip install -r requirements-demo.txt")
+        os.environ["GRADIO_TEMP_DIR"] = folder  # uploads, which are deleted with it
+        if args.host not in LOOPBACK:
+            say(f"*** WARNING: whoever reaches {args.host} can use this page: there is no password", error=True)
+        app = build(load_page(args.run, args.data_dir, pick_device()[0]), args.run)
+        launch(app, args.host, args.port)
+        say(f"open {app.local_url} in a browser; Ctrl-C ends it")
+        app.block_thread()
+
+
+def launch(app: "gr.Blocks", host: str, port: int | None):
+    """Serve the page, without any request to another host."""
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    app.launch(
+        server_name=host,
+        server_port=port,
+        theme=gr.themes.Base(primary_hue="blue", **fonts),
+        css_paths=ASSETS / "demo.css",
+        max_file_size=MAX_BYTES,
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        share=False,
+        ssr_mode=False,
+        quiet=True,
+        prevent_thread_lock=True,
+    )
+
+
+if __name__ == "__main__":
+    main(parse_args())

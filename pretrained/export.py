@@ -1,0 +1,83 @@
+"""Keep the weights of a run alone, to be used but not trained on: `python pretrained/export.py --run results`.
+
+Writes checkpoint.pt, prior.pt if the run has a prior, and summary.json into a new folder, which every other script
+takes as `--run`. Weights stay float32 as long as all files together take at most 8 MB. If not, those of the prior, and
+then those of the VQ-VAE as well, are rounded to float16; the scripts compute in float32 with what was kept. What the
+rounding changes is measured and told.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the repository's modules, imported below
+
+from harness.cli import make_parser, say, user_errors
+from harness.storage import CHECKPOINT, PRIOR, checkpoint_path, load_checkpoint, new_folder, save_checkpoint
+
+from sample import draw_codes, labels_of, load_run, trained_on
+
+MAX_BYTES = 8_000_000
+KEPT = ("name", "code", "args", "identity", "progress")
+COMPARED = 100  # images drawn with the weights before and after
+
+
+def weights_only(state: dict, weights: dict, half: bool) -> dict:
+    """Return a checkpoint that holds these weights, and neither optimizer nor the state of random numbers."""
+    kept = {name: value.half() if half and value.is_floating_point() else value for name, value in weights.items()}
+    empty = {name: {} for name in ("typed", "random", "optimizer", "muon", "adamw")}
+    empty["means"] = {"steps": 0, "sums": {}}
+    return {name: state[name] for name in KEPT} | empty | {"weights_only": True, "model": kept}
+
+
+def export(run: str, out: Path, half: tuple[str, ...]) -> int:
+    """Write the folder, with the weights in `half` as float16; return how many bytes it takes."""
+    state = load_checkpoint(run)
+    save_checkpoint(out, weights_only(state, state["model"], CHECKPOINT in half), keep_previous=False)
+    if checkpoint_path(run, PRIOR).is_file():
+        state = load_checkpoint(run, PRIOR)
+        kept = weights_only(state, state["best"]["model"], PRIOR in half)
+        kept["best"], kept["model"] = state["best"] | {"model": kept["model"]}, {}
+        kept["identity"] |= trained_on(load_checkpoint(out))  # the VQ-VAE's file has another digest now
+        save_checkpoint(out, kept, PRIOR, keep_previous=False)
+    (out / "summary.json").write_bytes(Path(run, "summary.json").read_bytes())
+    return sum(path.stat().st_size for path in out.iterdir())
+
+
+def compare(run: str, out: Path) -> str:
+    """Say how the folder differs from the run: the weights, and images drawn with the same seed."""
+    (before, prior), (after, rounded) = load_run(run), load_run(out)
+    largest = max((a - b).abs().max().item() for a, b in zip(before.parameters(), after.parameters()))
+    labels = labels_of(prior, COMPARED)
+    codes = [draw_codes(model, its, labels) for model, its in ((before, prior), (after, rounded))]
+    same = torch.stack([(a == b).flatten(1).all(1) for a, b in zip(*codes)]).all(0)
+    return f"the VQ-VAE's weights differ by {largest:.1g} at most, {same.sum()} of {len(same)} samples have equal codes"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser(
+        "Keep the weights of a finished run alone, in a folder that every other script takes as --run."
+    )
+    parser.add_argument("--run", default="results", help="folder of the run")
+    parser.add_argument("--out", metavar="DIR", default="pretrained/mnist", help="new folder to write to")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace):
+    with user_errors(), new_folder(args.out) as out:
+        if not Path(args.run, "summary.json").is_file():
+            raise ValueError(f"{args.run} holds no summary.json; name the folder of a finished run")
+        for half in ((), (PRIOR,), (CHECKPOINT, PRIOR)):
+            if (size := export(args.run, out, half)) <= MAX_BYTES:
+                break
+        else:
+            raise ValueError(f"the weights take {size / 1e6:.1f} MB even as float16, more than {MAX_BYTES / 1e6:.0f}")
+        rounded = " and ".join({CHECKPOINT: "the VQ-VAE", PRIOR: "the prior"}[name] for name in half)
+        found = compare(args.run, out) if checkpoint_path(out, PRIOR).is_file() else "there is no prior"
+    say(f"wrote {args.out}: {size / 1e6:.2f} MB, {f'{rounded} as float16' if half else 'all float32'}; {found}")
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,65 @@
+from harness.storage import PRIOR, load_checkpoint
+
+import export
+import pytest
+import torch
+
+import sample
+import train as script
+import train_prior as prior_script
+
+
+def keep(run, out):
+    export.main(export.parse_args([f"--run={run}", f"--out={out}"]))
+    return out
+
+
+def test_exported_run_draws_the_same_images(prior_run, tmp_path, capsys):
+    """Every script loads it by load_run or load_checkpoint; the prior still belongs to the VQ-VAE beside it."""
+    out = keep(prior_run, tmp_path / "kept")
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint.pt", "prior.pt", "summary.json"]
+    before, after = (sample.sample(*sample.load_run(run), seed=1) for run in (prior_run, out))
+    assert torch.equal(before, after)
+    assert "all float32" in capsys.readouterr().out
+    assert (out / "summary.json").read_bytes() == (prior_run / "summary.json").read_bytes()
+
+
+def test_exported_checkpoints_hold_weights_alone(prior_run, tmp_path):
+    out = keep(prior_run, tmp_path / "kept")
+    for name in ("checkpoint", PRIOR):
+        kept = load_checkpoint(out, name)
+        assert not any(kept[part] for part in ("optimizer", "muon", "adamw"))
+        assert (out / f"{name}.pt").stat().st_size < (prior_run / f"{name}.pt").stat().st_size / 2
+
+
+@pytest.mark.parametrize("half", [["prior"], ["checkpoint", "prior"]])
+def test_too_large_weights_become_float16(prior_run, tmp_path, monkeypatch, capsys, half):
+    """First those of the prior, which are the most; a folder of exactly the limit is small enough."""
+    (tmp_path / "sized").mkdir()
+    monkeypatch.setattr(export, "MAX_BYTES", export.export(prior_run, tmp_path / "sized", half))
+    out = keep(prior_run, tmp_path / "half")
+    halves = [torch.float16 if name in half else torch.float32 for name in ("checkpoint", "prior")]
+    vqvae, prior = load_checkpoint(out)["model"], load_checkpoint(out, PRIOR)["best"]["model"]
+    assert [vqvae["mean"].dtype, prior["label.weight"].dtype] == halves
+    model, prior = sample.load_run(out)
+    assert model.mean.dtype == prior.label.weight.dtype == torch.float32
+    assert "as float16" in capsys.readouterr().out
+
+
+def test_weights_beyond_the_limit_leave_nothing(prior_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(export, "MAX_BYTES", 1000)
+    with pytest.raises(SystemExit, match="2"):
+        keep(prior_run, tmp_path / "kept")
+    assert "even as float16" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags", [[], ["--fresh"]])
+def test_training_refuses_an_exported_folder(prior_run, tmp_path, capsys, flags):
+    out = keep(prior_run, tmp_path / "kept")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for own, name in ((script, "--out-dir"), (prior_script, "--run")):
+        with pytest.raises(SystemExit, match="2"):
+            own.main(own.parse_args([f"{name}={out}", "--device=cpu", *flags]))
+        error = capsys.readouterr().err
+        assert "holds weights to use, not to train on" in error and error.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
