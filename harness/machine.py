@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import datetime
+import gc
 import math
 import os
 import shutil
@@ -104,8 +105,14 @@ def join_ranks(device: torch.device) -> int:
     backend = "nccl" if device.type == "cuda" else "gloo"
     patience = datetime.timedelta(hours=2)  # rank 0 may have a million images to decode
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=patience)
-    atexit.register(dist.destroy_process_group)  # else its threads outlive the interpreter and may abort it
+    atexit.register(leave_ranks)
     return rank
+
+
+def leave_ranks():
+    """Destroy the process groups and all that holds them: threads that outlive the interpreter may abort it."""
+    dist.destroy_process_group()
+    gc.collect()
 
 
 def check_equal_on_ranks(value, what: str):

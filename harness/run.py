@@ -271,8 +271,10 @@ class Run:
         Not under torchrun: it passes signals on to processes that may have had them already.
         """
 
+        signals = self.signals  # not the run itself: what a handler holds lives as long as the process
+
         def remember(signum, _frame):
-            self.signals.append(signum)
+            signals.append(signum)
             if signum == signal.SIGINT and not dist.is_torchelastic_launched():
                 signal.signal(signum, signal.SIG_DFL)
 

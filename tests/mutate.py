@@ -22,7 +22,7 @@ TESTS = {  # the fast test files that fit each module
     "prior.py": "prior sample",
     "muon.py": "muon",
     "train.py": "train",
-    "train_prior.py": "train_prior",
+    "train_prior.py": "train_prior forged",
     "sample.py": "sample",
     "evaluate.py": "evaluate",
     "reconstruct.py": "reconstruct",
