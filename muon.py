@@ -34,18 +34,17 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 by_shape[p.shape].append(p)
             for shape, params in by_shape.items():
-                updates = []
                 for p in params:
                     if not self.state[p]:
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                    buffer = self.state[p]["momentum_buffer"]
-                    buffer.lerp_(p.grad, 1 - momentum)
-                    updates.append(p.grad.lerp(buffer, momentum))
-                matrices = torch.stack(updates).flatten(2).to(self.dtype)
-                updates = orthogonalize(matrices).view(-1, *shape)
-                for p, update in zip(params, updates):
-                    p.mul_(1 - lr * group["weight_decay"])
-                    p.add_(update, alpha=-lr * 0.2 * max(matrices.shape[1:]) ** 0.5)
+                grads, buffers = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
+                torch._foreach_lerp_(buffers, grads, 1 - momentum)
+                updates = torch.stack(torch._foreach_lerp(grads, buffers, momentum))
+                matrices = updates.flatten(2).to(self.dtype)
+                updates = orthogonalize(matrices).to(updates.dtype).view(-1, *shape)
+                if group["weight_decay"]:
+                    torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+                torch._foreach_add_(params, list(updates), alpha=-lr * 0.2 * max(matrices.shape[1:]) ** 0.5)
 
 
 def orthogonalize(x: Tensor) -> Tensor:

@@ -92,6 +92,7 @@ def test_steps_yield_the_batches_of_the_seed(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("signum", SIGNALS)
 def test_signal_stops_at_the_end_of_a_step(finished_run, tmp_path, capsys, stop_at, signum):
+    signal.signal(signum, signal.SIG_DFL)  # the tests may run under nohup
     stop_at(13, tmp_path, *STEPS, signum=signum)
     printed = capsys.readouterr()
     assert "stopped at step 13; run the same command again to go on" in printed.out and not printed.err
