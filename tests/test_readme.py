@@ -7,6 +7,7 @@ from conftest import ROOT
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 import evaluate
+import reconstruct
 import sample
 import train as script
 import train_prior
@@ -16,6 +17,7 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 COMMANDS = [line for language, block in BLOCKS if language == "bash" for line in block.splitlines()]
 INLINE = [" ".join(code.split()) for code in re.findall(r"`((?:python|torchrun) [^`]+)`", README)]
 SCRIPTS = {"train.py": script, "evaluate.py": evaluate, "train_prior.py": train_prior, "sample.py": sample}
+SCRIPTS |= {"reconstruct.py": reconstruct}
 
 
 def test_first_screen_has_the_two_commands():
@@ -64,6 +66,9 @@ def test_every_file_named_exists():
             "samples.png",
             "completed.png",
             "neighbours.png",
-            "samples/00000.png",
+            "reconstructed.png",
+            "images.txt",
+            "a.png",  # the user's own
+            "pairs/originals/a.png",
         }
         assert name in in_a_run or "recon_" in name or (ROOT / name).is_file(), name
