@@ -7,6 +7,7 @@ rounding changes is measured and told.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -15,12 +16,21 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the repository's modules, imported below
 
 from harness.cli import make_parser, say, user_errors
-from harness.storage import CHECKPOINT, PRIOR, checkpoint_path, load_checkpoint, new_folder, save_checkpoint
+from harness.storage import (
+    CHECKPOINT,
+    PRIOR,
+    checkpoint_path,
+    load_checkpoint,
+    new_folder,
+    save_checkpoint,
+    write_whole,
+)
 
 from sample import draw_codes, labels_of, load_run, trained_on
 
 MAX_BYTES = 8_000_000
 KEPT = ("name", "code", "args", "identity", "progress")
+PATHS = {"data_dir": "data", "out_dir": "results", "run": "results", "resume": None}  # not those of the maker's machine
 COMPARED = 100  # images drawn with the weights before and after
 
 
@@ -29,7 +39,13 @@ def weights_only(state: dict, weights: dict, half: bool) -> dict:
     kept = {name: value.half() if half and value.is_floating_point() else value for name, value in weights.items()}
     empty = {name: {} for name in ("typed", "random", "optimizer", "muon", "adamw")}
     empty["means"] = {"steps": 0, "sums": {}}
-    return {name: state[name] for name in KEPT} | empty | {"weights_only": True, "model": kept}
+    args = without_paths(state["args"])
+    return {name: state[name] for name in KEPT} | empty | {"weights_only": True, "args": args, "model": kept}
+
+
+def without_paths(args: dict) -> dict:
+    """Return arguments with the default folders in place of the maker's."""
+    return args | {name: path for name, path in PATHS.items() if args.get(name) is not None}
 
 
 def export(run: str, out: Path, half: tuple[str, ...]) -> int:
@@ -42,7 +58,9 @@ def export(run: str, out: Path, half: tuple[str, ...]) -> int:
         kept["best"], kept["model"] = state["best"] | {"model": kept["model"]}, {}
         kept["identity"] |= trained_on(load_checkpoint(out))  # the VQ-VAE's file has another digest now
         save_checkpoint(out, kept, PRIOR, keep_previous=False)
-    (out / "summary.json").write_bytes(Path(run, "summary.json").read_bytes())
+    summary = json.loads(Path(run, "summary.json").read_text(encoding="utf-8"))
+    summary["arguments"] = without_paths(summary["arguments"])
+    write_whole(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     return sum(path.stat().st_size for path in out.iterdir())
 
 
