@@ -9,7 +9,7 @@ import io
 import json
 
 from harness.cli import make_parser, say, user_errors
-from harness.data import batches, chunks, dataset_of, to_pixels
+from harness.data import batches, chunks, dataset_of, to_pixels, to_uint8
 from harness.folder import Images
 from harness.machine import pick_device
 from harness.storage import load_checkpoint, lock_folder, new_folder, writable_folder, write_whole
@@ -105,7 +105,7 @@ def evaluate_jpeg(model: VQVAE, images: Images) -> dict[str, float]:
 def through_jpeg(image: Tensor) -> np.ndarray:
     """Return an image (C, H, W) in [0, 1] as a JPEG file gives it back, (H, W, 3) in [0, 1]."""
     file = io.BytesIO()
-    to_pil_image((image.cpu() * 255).round().to(torch.uint8)).convert("RGB").save(file, "JPEG")
+    to_pil_image(to_uint8(image.cpu())).convert("RGB").save(file, "JPEG")
     return np.asarray(Image.open(file)) / 255
 
 

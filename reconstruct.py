@@ -9,7 +9,7 @@ from pathlib import Path
 
 from harness import figures
 from harness.cli import make_parser, printable, say, user_errors
-from harness.data import batches, chunks, dataset_of, first_images, to_pixels
+from harness.data import batches, chunks, dataset_of, first_images, to_pixels, to_uint8
 from harness.folder import Images, read_images, walk
 from harness.machine import pick_device
 from harness.storage import load_checkpoint, lock_folder, new_folder, writable_folder
@@ -57,7 +57,7 @@ def main(args: argparse.Namespace):
         else:
             with lock_folder(writable_folder(args.run)), new_folder(args.out) as out:
                 names, images = load_images(args, checkpoint, model)
-                indices, recon = reconstruct(model, images)
+                indices, recon = reconstruct(model, images[:SHOWN])
                 if out:
                     write_reconstructions(out, model, torch.stack(images), checkpoint, names)
                 path = free_name(Path(args.run, "reconstructed.png"))
@@ -141,8 +141,7 @@ def write_images(folder: Path, names: list[str], images: Iterable[Tensor]):
     """Write NAME.png for each image (C, H, W), uint8 or in [0, 1]."""
     folder.mkdir(exist_ok=True)
     for name, image in zip(names, images):
-        if image.is_floating_point():
-            image = (image * 255).round().to(torch.uint8)
+        image = to_uint8(image) if image.is_floating_point() else image
         to_pil_image(image.cpu()).save(folder / f"{name}.png")  # grey images stay grey
 
 
@@ -177,9 +176,7 @@ def read_codes(path: Path, model: VQVAE, checkpoint: dict) -> tuple[list[str], l
         )
     if not (isinstance(names, list) and names and min(size) > 0 and all(isinstance(name, str) for name in names)):
         raise ValueError(f"{printable(path)} holds no images, or their names are no text")
-    height, width = (-(-length // model.strides[0]) * model.strides[0] for length in size)
-    grids = [(height // stride, width // stride) for stride in model.strides]
-    if [tuple(level.shape) for level in levels] != [(len(names), *grid) for grid in grids]:
+    if [tuple(level.shape) for level in levels] != [(len(names), *grid) for grid in model.grids(size)]:
         raise ValueError(f"{printable(path)}: the indices do not have the shape of {len(names)} images of this model")
     for level in levels:
         if not 0 <= level.min() <= level.max() < model.levels[0].quantizer.codebook_size:

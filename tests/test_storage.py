@@ -1,6 +1,5 @@
 """Files are whole or absent, a checkpoint is what was written or refused, and no run overwrites another."""
 
-import ast
 import errno
 import os
 import random
@@ -357,20 +356,3 @@ def test_code_digest_changes_with_any_module(tmp_path, monkeypatch):
     assert len(set(digests)) == 4
     (tmp_path / "tests" / "test_run.py").write_text("a = 2\n")
     assert storage.code_digest() == digests[-1]
-
-
-def imported(path):
-    """Return the top-level names of the modules that a file imports, anywhere in it."""
-    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)]
-    names = {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
-    return {name.split(".")[0] for name in names | {n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)}}
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "harness").glob("*.py")), ids=lambda path: path.name)
-def test_harness_imports_no_top_level_module(path):
-    assert not imported(path) & {path.stem for path in ROOT.glob("*.py")}
-
-
-@pytest.mark.parametrize("name", ["quantizer.py", "prior.py"])
-def test_nouns_import_torch_alone(name):
-    assert imported(ROOT / name) - sys.stdlib_module_names == {"torch"}
