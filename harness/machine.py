@@ -7,6 +7,8 @@ import gc
 import math
 import os
 import shutil
+import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -100,13 +102,33 @@ def join_ranks(device: torch.device) -> int:
     if not dist.is_torchelastic_launched():
         return 0
     store, rank, ranks = next(dist.rendezvous("env://"))
-    if os.environ["GROUP_WORLD_SIZE"] == "1":  # after a restart the store still holds the addresses of the dead
-        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     backend = "nccl" if device.type == "cuda" else "gloo"
     patience = datetime.timedelta(hours=2)  # rank 0 may have a million images to decode
+    store = fresh_store(store, rank, ranks)
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=patience)
     atexit.register(leave_ranks)
     return rank
+
+
+def fresh_store(store: dist.Store, rank: int, ranks: int) -> dist.Store:
+    """Return the part of torchrun's store that belongs to the processes that are alive.
+
+    The store outlives a restart and still holds the addresses of the dead. The machines of a run count their restarts
+    differently, so rank 0 names each attempt, and the others join the one that rank 0 confirms.
+    """
+    if rank == 0:
+        attempt = uuid.uuid4().hex
+        store.set("attempt", attempt)
+        store.wait([f"{attempt}/{other}" for other in range(1, ranks)])
+        store.set(f"{attempt}/complete", "")
+    else:
+        attempt = ""
+        while not attempt or not store.check([f"{attempt}/complete"]):
+            latest = store.get("attempt").decode()  # waits for rank 0
+            if store.add(f"{latest}/{rank}", 1) == 1:  # else this rank of an earlier attempt has joined it
+                attempt = latest
+            time.sleep(0.05)
+    return dist.PrefixStore(attempt, store)
 
 
 def leave_ranks():

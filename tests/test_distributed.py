@@ -85,7 +85,7 @@ def torchrun(*flags, nproc=2, inside=(), interface=None):
     return subprocess.Popen([*elastic, *map(str, flags)], cwd=ROOT, env=environment, **pipes)
 
 
-def finish(process, seconds=600):
+def finish(process, seconds=120):
     try:
         printed, _ = process.communicate(timeout=seconds)
     finally:

@@ -4,6 +4,8 @@ import math
 import os
 import shutil
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 from harness import machine
 from harness.machine import check_memory, container_limit, cpu_count, free_memory, from_rank_0, pick_device
@@ -11,6 +13,7 @@ from harness.machine import check_memory, container_limit, cpu_count, free_memor
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import refusal, rows, train
 from torch import nn
 
@@ -92,3 +95,20 @@ def test_cpu_count_follows_the_affinity():
 def test_single_process_agrees_with_itself():
     machine.check_equal_on_ranks(1, "--steps")
     assert from_rank_0("value") == "value" and machine.world_size() == 1
+
+
+@pytest.mark.parametrize("died", ["before it joined", "after all had joined"])
+def test_restarted_ranks_do_not_meet_the_dead(died):
+    """The agents' store still holds an earlier attempt; rank 1 of the next one looks before rank 0 does."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    client = dist.TCPStore("127.0.0.1", store.port, is_master=False, wait_for_workers=False)
+    store.set("attempt", "earlier")
+    if died == "after all had joined":
+        store.add("earlier/1", 1)
+        store.set("earlier/complete", "")
+    with ThreadPoolExecutor() as pool:
+        other = pool.submit(machine.fresh_store, client, 1, 2)
+        time.sleep(0.3)
+        assert not other.done()
+        machine.fresh_store(store, 0, 2).set("address", "rank 0")
+        assert other.result(timeout=10).get("address") == b"rank 0"
