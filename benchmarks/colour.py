@@ -13,10 +13,11 @@ fed the same images from memory, and the pauses in which it is measured do not c
 import argparse
 from pathlib import Path
 
+from machine import heading, train, write_json
+
 from harness.data import load_dataset
 
 import torch
-from machine import heading, train, write_json
 from time_to_quality import PEERS, train_peer
 
 from quantizer import perplexity

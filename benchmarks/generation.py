@@ -14,6 +14,8 @@ import argparse
 import statistics
 from pathlib import Path
 
+from machine import heading, median_seconds, write_json
+
 from harness import figures
 from harness.data import dataset_of, to_pixels
 from harness.storage import load_checkpoint
@@ -21,7 +23,6 @@ from harness.storage import load_checkpoint
 import numpy as np
 import torch
 import torch.nn.functional as F
-from machine import heading, median_seconds, write_json
 from torch import Tensor, nn
 
 import sample as script

@@ -14,10 +14,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the repository, which scripts import after this file
+
+import harness  # noqa: F401 - before torch, whose threads read what it sets
+
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # the scripts beside this one import the repository's modules after it
 
 
 def heading(*more: str) -> str:
@@ -32,20 +35,20 @@ def write_json(path: Path, machine: str, args: argparse.Namespace, measured):
     path.write_text(json.dumps(content, indent=2, default=str) + "\n")
 
 
-def run(script: str, *flags) -> float:
-    """Run a script of the repository in two threads, on the CPU unless flags say else; return its peak memory in GB."""
+def run(script: str, *flags) -> dict:
+    """Run a script of the repository in two threads, on the CPU unless flags say else; return its peak memory, in GB."""
     command = [sys.executable, __file__, ROOT / script, "--device=cpu", *map(str, flags)]
     process = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
     if process.returncode:
         sys.exit(f"{script} {' '.join(map(str, flags))} failed with exit code {process.returncode}")
-    return int(process.stdout.splitlines()[-1]) / 1e9
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def train(*flags) -> dict:
-    """Return the summary of a whole run of train.py, with its peak memory in GB."""
+    """Return the summary of a whole run of train.py, with its peak memory, in GB."""
     with tempfile.TemporaryDirectory() as folder:
         memory = run("train.py", "--out-dir", folder, *flags)
-        return json.loads(Path(folder, "summary.json").read_text()) | {"memory": memory}
+        return json.loads(Path(folder, "summary.json").read_text()) | memory
 
 
 def peak_memory() -> int:
@@ -70,4 +73,4 @@ def median_seconds(function: Callable[[], object], repeats: int = 5) -> float:
 if __name__ == "__main__":  # what `run` starts: a script with its flags, and then its peak memory
     del sys.argv[0]
     runpy.run_path(sys.argv[0], run_name="__main__")
-    print(peak_memory())
+    print(json.dumps({"memory": peak_memory() / 1e9, "gpu_memory": torch.cuda.max_memory_allocated() / 1e9}))

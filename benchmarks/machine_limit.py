@@ -24,13 +24,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import patch
 
+from machine import heading, median_seconds, write_json
+
 from harness.cli import number, user_errors
 from harness.machine import pick_device
 from harness.run import Run
 
 import torch
 import torch.nn.functional as F
-from machine import heading, median_seconds, write_json
 from torch.utils.flop_counter import FlopCounterMode
 
 import train

@@ -23,9 +23,10 @@ import sys
 import time
 from pathlib import Path
 
+from machine import heading, peak_memory, write_json
+
 import torch
 import torch.nn.functional as F
-from machine import heading, peak_memory, write_json
 from torch import Tensor, nn
 
 LAYERS = {"this": 0, "vector-quantize-pytorch": 6, "textbook": 4}  # N x K matrices of float32 that each holds at once

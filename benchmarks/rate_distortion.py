@@ -15,6 +15,7 @@ import json
 from pathlib import Path
 
 from machine import heading, run, write_json
+
 from matplotlib.figure import Figure
 
 KERAS = {"nats": 1.034 * 49, "mse": 0.0042}

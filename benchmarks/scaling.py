@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 from machine import ROOT, heading, write_json
+
 from matplotlib.figure import Figure
 
 AXES = {

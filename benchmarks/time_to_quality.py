@@ -24,11 +24,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from machine import heading, train, write_json
+
 from harness.data import batch_indices, load_dataset
 
 import torch
 import torch.nn.functional as F
-from machine import heading, train, write_json
 
 CLONES = ("ritheshkumar95", "MishaLaskin", "airalcorn2")
 STEPS = (200, 300, 400, 500, 550, 600, 1000, 1500, 2000, 3000, 5000)

@@ -9,13 +9,14 @@ alike, in float32, and take the lowest index of a tie. Tests compare them in Tri
 import argparse
 from pathlib import Path
 
+from machine import median_seconds, write_json
+
 from harness.cli import user_errors
 from harness.machine import pick_device
 
 import torch
 import triton
 import triton.language as tl
-from machine import median_seconds, write_json
 from torch import Tensor
 
 from quantizer import center_codebook, center_vectors, nearest_code

@@ -1,7 +1,8 @@
 """Print how many bytes the process grows by in a lookup of 16,384 vectors among 65,536 codes."""
 
-import torch
 from machine import peak_memory  # of benchmarks/
+
+import torch
 
 from quantizer import VectorQuantizer
 

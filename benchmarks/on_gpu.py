@@ -1,0 +1,166 @@
+"""All that there is to know about a GPU, in one go: `python benchmarks/on_gpu.py --data-dir data --peers peers`.
+
+Within 8 minutes on one CUDA GPU and without a network: tests/test_cuda.py; steps per second, eager and compiled, and
+the memory that they take; seconds to 28.0 dB on MNIST; images per second beside four public implementations (clones in
+--peers, see time_to_quality.py; without the flag they are left out); the nearest codes by plain PyTorch and by the
+Triton kernel; a codebook of 262,144 codes. Each part is a process of its own with its share of the time. In the end
+there is one table and one JSON, also when parts fail: the table then says which, and why.
+
+`--tiny` runs through with small sizes, also without a GPU, where nothing that it prints means anything.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from machine import ROOT, median_seconds, train, write_json
+
+from harness.cli import user_errors
+from harness.data import load_dataset
+from harness.machine import pick_device
+
+import torch
+
+from quantizer import nearest_code
+
+MINUTES = 8
+PEER_SECONDS = 10  # of training of each of the others
+LADDER = (1000, 1500, 2000, 3000, 5000)  # steps of the runs that are to reach 28 dB
+SIZES = [(n, size, dim) for n in (1568, 65_536) for size, dim in ((512, 8), (8192, 8), (65_536, 64))]
+TINY_SIZES = [(n, size, 4) for n in (8, 16) for size in (16, 32, 64)]
+
+
+def tests(args) -> dict:
+    """Run the tests that only a GPU can pass."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "tests/test_cuda.py"]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    lines = done.stdout.splitlines()
+    if done.returncode:
+        raise RuntimeError(lines[-1])
+    return {"tests/test_cuda.py": lines[-1]}
+
+
+def training(args) -> dict:
+    """Time default steps, eager and compiled."""
+    measured, steps = {}, 20 if args.tiny else 2000
+    for flag in ("--no-compile",) if args.tiny else ("--no-compile", "--compile"):
+        summary = train_here(args, "--steps", steps, flag)
+        rate = summary["images_per_second"] / summary["arguments"]["batch_size"]
+        measured |= {f"steps/s, {flag}": rate, f"GB of the GPU, {flag}": summary["gpu_memory"]}
+    return measured
+
+
+def quality(args) -> dict:
+    """Train runs of growing length until one reaches 28.0 dB."""
+    for steps in (10, 20) if args.tiny else LADDER:
+        summary = train_here(args, "--steps", steps)
+        if summary["test_psnr"] >= 28:
+            return {"seconds to 28.0 dB": summary["training_seconds"], "steps of that run": steps}
+    return {"seconds to 28.0 dB": f"not reached: {summary['test_psnr']:.2f} dB after {steps:,} steps"}
+
+
+def peers(args) -> dict:
+    """Time the training of the others, as their authors train."""
+    if args.peers is None:
+        return {"images/s of the others": "left out, since --peers was not given"}
+    from time_to_quality import PEERS, train_peer
+
+    data, measured = dataset(args), {}
+    for name, make in PEERS.items():
+        ((_, figures),) = train_peer(make, args.peers, data, [1 if args.tiny else PEER_SECONDS], args.device)
+        measured |= {f"images/s, {name}": figures["images_per_second"]}
+    return measured | {"images/s, this": train_here(args, "--steps", 20 if args.tiny else 2000)["images_per_second"]}
+
+
+def lookup(args) -> dict:
+    """Time the nearest codes by both ways, of N vectors, K codes, D dimensions."""
+    ways, measured = {"plain": nearest_code}, {}
+    if args.device == "cuda":
+        from triton_lookup import nearest_code_triton
+
+        ways["Triton"] = nearest_code_triton
+    for n, size, dim in TINY_SIZES if args.tiny else SIZES:
+        z, codebook = torch.randn(n, dim, device=args.device), torch.randn(size, dim, device=args.device)
+        for way, nearest in ways.items():
+
+            def call(nearest=nearest, z=z, codebook=codebook):
+                nearest(z, codebook)
+                if args.device == "cuda":
+                    torch.cuda.synchronize()
+
+            measured[f"lookup, N {n:,}, K {size:,}, D {dim}, {way}, ms"] = median_seconds(call) * 1e3
+    return measured
+
+
+def large_codebook(args) -> dict:
+    """Train with a codebook far larger than anyone needs for MNIST."""
+    size, steps = (1024, 20) if args.tiny else (262_144, 500)
+    summary = train_here(args, "--codebook-size", size, "--steps", steps)
+    rate = summary["images_per_second"] / summary["arguments"]["batch_size"]
+    measured = {"steps/s": rate, "codes used": summary["codes_used"], "GB of the GPU": summary["gpu_memory"]}
+    return {f"{name}, K {size:,}": value for name, value in measured.items()}
+
+
+PARTS = {part.__name__: part for part in (tests, training, quality, peers, lookup, large_codebook)}
+
+
+def dataset(args):
+    return load_dataset("digits" if args.tiny else "mnist", args.data_dir)
+
+
+def train_here(args, *flags) -> dict:
+    """Return the summary of a run of train.py on the device."""
+    small = ("--dataset", "digits", "--width", 8, "--codebook-size", 16) if args.tiny else ("--dataset", "mnist")
+    return train("--device", args.device, "--data-dir", args.data_dir, *small, *flags)
+
+
+def measure(part: str, seconds: float) -> dict:
+    """Run one part in a process of its own; return what it measured, or why it failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "measured.json")
+        command = [sys.executable, __file__, *sys.argv[1:], "--part", part, "--out", out]
+        try:
+            done = subprocess.run(list(map(str, command)), stderr=subprocess.PIPE, text=True, timeout=max(1, seconds))
+        except subprocess.TimeoutExpired:
+            return {f"{part} FAILED": "no time was left for it"}
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            return {f"{part} FAILED": lines[-1]}
+        return json.loads(out.read_text())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=argparse.SUPPRESS)
+    parser.add_argument("--data-dir", default="data")
+    parser.add_argument("--peers", type=Path, help="folder of clones, see time_to_quality.py")
+    parser.add_argument("--tiny", action="store_true", help="only see whether everything runs, with or without a GPU")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # what a process of its own measures
+    parser.add_argument("--out", type=Path, default=Path("results", "on_gpu.json"))
+    args = parser.parse_args()
+    with user_errors():
+        args.device = pick_device("auto" if args.tiny else "cuda")[0].type
+        if not args.tiny:
+            dataset(args)  # or say now that it is missing
+    if args.part:
+        args.out.write_text(json.dumps(PARTS[args.part](args)))
+        return
+
+    name = torch.cuda.get_device_name() if args.device == "cuda" else f"no GPU, {args.device}"
+    machine = f"{name}, torch {torch.__version__}"
+    ends, measured = time.monotonic() + 60 * MINUTES, {}
+    for part in PARTS:
+        print(f"{part} ...", flush=True)
+        measured |= measure(part, ends - time.monotonic())
+        write_json(args.out, machine, args, measured)
+    print(f"\n{machine}\n\n| | |\n|---|---|")
+    for label, value in measured.items():
+        print(f"| {label} | {value if isinstance(value, str) else format(value, ',.4g')} |")
+    sys.exit(any(label.endswith("FAILED") for label in measured))
+
+
+if __name__ == "__main__":
+    main()
