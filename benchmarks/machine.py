@@ -36,7 +36,7 @@ def write_json(path: Path, machine: str, args: argparse.Namespace, measured):
 
 
 def run(script: str, *flags) -> dict:
-    """Run a script of the repository in two threads, on the CPU unless flags say else; return its peak memory, in GB."""
+    """Run a script of the repository in two threads, by default on the CPU; return its peak memory, in GB."""
     command = [sys.executable, __file__, ROOT / script, "--device=cpu", *map(str, flags)]
     process = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
     if process.returncode:
