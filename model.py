@@ -66,6 +66,7 @@ class Decoder(nn.Sequential):
         for before, after in pairwise(widths):
             layers += [nn.SiLU(), nn.Conv2d(before, after * 4, 1), nn.PixelShuffle(2), ResidualBlock(after)]
         super().__init__(*layers, nn.SiLU(), nn.Conv2d(widths[-1], channels * 4, 3, padding=1), nn.PixelShuffle(2))
+        self.reach = blocks + 2  # how many codes away a pixel still depends on a code
 
 
 class Level(nn.Module):

@@ -5,10 +5,11 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import product
 from pathlib import Path
 
 from harness import figures
-from harness.cli import make_parser, printable, say, user_errors
+from harness.cli import make_parser, number, printable, say, user_errors
 from harness.data import batches, chunks, dataset_of, first_images, to_pixels, to_uint8
 from harness.folder import Images, read_images, walk
 from harness.machine import pick_device
@@ -16,6 +17,7 @@ from harness.storage import load_checkpoint, lock_folder, new_folder, writable_f
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
@@ -35,11 +37,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--full-size", action="store_true", help="encode images at their own size, not resized to that of the training"
     )
+    parser.add_argument(
+        "--refine", type=number(int, 2, 2**31), metavar="N", help="search for better codes, of N candidates at a place"
+    )
     parser.add_argument("--codes", metavar="NPZ", help="decode the codes.npz of an earlier --out, in place of images")
     parser.add_argument("--out", metavar="DIR", help="new folder for originals/, reconstructions/ and codes.npz")
     args = parser.parse_args(argv)
-    if args.codes and (args.files or args.full_size):
-        parser.error("--codes takes the place of images; leave out the files and --full-size")
+    if args.codes and (args.files or args.full_size or args.refine):
+        parser.error("--codes takes the place of images; leave out the files, --full-size and --refine")
     if args.codes and not args.out:
         parser.error("--codes needs --out, the folder to write the images to")
     return args
@@ -57,9 +62,9 @@ def main(args: argparse.Namespace):
         else:
             with lock_folder(writable_folder(args.run)), new_folder(args.out) as out:
                 names, images = load_images(args, checkpoint, model)
-                indices, recon = reconstruct(model, images[:SHOWN])
+                indices, recon = reconstruct(model, images[:SHOWN], args.refine)
                 if out:
-                    write_reconstructions(out, model, torch.stack(images), checkpoint, names)
+                    write_reconstructions(out, model, torch.stack(images), checkpoint, names, args.refine)
                 path = free_name(Path(args.run, "reconstructed.png"))
                 title = f"{printable(checkpoint['args']['dataset'])}, step {checkpoint['progress']['step']:,}"
                 figures.save_codes(path, model, names[:SHOWN], images[:SHOWN], indices, recon, title)
@@ -87,15 +92,57 @@ def load_images(args: argparse.Namespace, checkpoint: dict, model: VQVAE) -> tup
 
 
 @torch.inference_mode()
-def reconstruct(model: VQVAE, images: list[Tensor]) -> tuple[list[list[Tensor]], list[Tensor]]:
-    """Return each image's indices, (h, w) of each level, and its reconstruction (C, H, W) in [0, 1], on the CPU."""
+def reconstruct(
+    model: VQVAE, images: list[Tensor], candidates: int | None = None
+) -> tuple[list[list[Tensor]], list[Tensor]]:
+    """Return each image's indices, (h, w) of each level, and its reconstruction (C, H, W) in [0, 1], on the CPU.
+
+    With `candidates` the indices are those that `refine` finds.
+    """
     indices, recon = [], []
     for chunk in same_size_chunks(images):
         x = to_pixels(torch.stack([images[i] for i in chunk]), model.mean.device)
         levels = model.encode(x)
+        if candidates:
+            levels = refine(model, x, levels, candidates)
         recon += model.decode(levels, x.shape[-2:]).cpu()
         indices += zip(*(level.cpu() for level in levels))
     return indices, recon
+
+
+@torch.inference_mode()
+def refine(model: VQVAE, x: Tensor, indices: list[Tensor], candidates: int) -> list[Tensor]:
+    """Search for codes that reconstruct the images x (B, C, H, W) with less error than those nearest to z_e.
+
+    At each place of the last level, the codes nearest to the chosen one are tried in its stead, and the one with the
+    least squared error stays. Places so far apart that no pixel depends on two of them are tried at once.
+
+    Args:
+        candidates: how many codes are tried at a place, the chosen one included.
+    """
+    *above, codes = *indices[:-1], indices[-1].clone()
+    codebook, stride, reach = model.levels[-1].quantizer.codebook, model.strides[-1], model.levels[-1].decoder.reach
+    apart = 2 * reach + 1
+
+    def errors(place, at):
+        """Return the squared error of what each of the codes at work reaches, in the shape of `at`."""
+        error = (model.decode([*above, codes], x.shape[-2:]) - x).square().sum(1, keepdim=True)
+        top, left = ((reach - start) * stride for start in place)
+        error = F.avg_pool2d(F.pad(error, (left, 0, top, 0)), apart * stride, ceil_mode=True, divisor_override=1)
+        return error[:, 0, : at.shape[1], : at.shape[2]]
+
+    places = [*product(*(range(min(apart, length)) for length in codes.shape[-2:]))]
+    for place in tqdm(places, "refining", leave=False, disable=None):
+        at = codes[:, place[0] :: apart, place[1] :: apart]  # a view: to write to it is to change the codes
+        distances = torch.cdist(codebook[at].flatten(0, 2), codebook)
+        tried = distances.topk(min(candidates, len(codebook)), largest=False).indices[:, 1:].unflatten(0, at.shape)
+        best, least = at.clone(), errors(place, at)
+        for candidate in tried.unbind(-1):
+            at.copy_(candidate)
+            error = errors(place, at)
+            best, least = torch.where(error < least, candidate, best), torch.minimum(error, least)
+        at.copy_(best)
+    return [*above, codes]
 
 
 @torch.inference_mode()
@@ -124,13 +171,20 @@ def same_size_chunks(images: list[Tensor]) -> Iterator[list[int]]:
 # Files
 
 
-def write_reconstructions(folder: Path, model: VQVAE, images: Images, checkpoint: dict, names: list[str] | None = None):
+def write_reconstructions(
+    folder: Path,
+    model: VQVAE,
+    images: Images,
+    checkpoint: dict,
+    names: list[str] | None = None,
+    candidates: int | None = None,
+):
     """Write originals/NAME.png as the model sees them, reconstructions/NAME.png, and codes.npz."""
     names = names or [f"{i:05d}" for i in range(len(images))]
     order, indices = chunks(len(images), images.shape[-2:]), []
     stream = batches(images, order, torch.device("cpu"))
     for chunk, batch in zip(order, tqdm(stream, "writing", len(order), disable=None)):
-        of_chunk, recon = reconstruct(model, list(batch))
+        of_chunk, recon = reconstruct(model, list(batch), candidates)
         write_images(folder / "originals", [names[i] for i in chunk], batch)
         write_images(folder / "reconstructions", [names[i] for i in chunk], recon)
         indices += of_chunk

@@ -245,3 +245,14 @@ def test_compiled_model_steps_like_the_eager_one():
             indices.append(level.indices)
         assert torch.equal(*indices)
     torch.testing.assert_close(list(models[1].parameters()), list(models[0].parameters()))
+
+
+@pytest.mark.parametrize(("stride", "blocks"), [(2, 0), (2, 2), (4, 1), (8, 2)])
+def test_pixels_depend_on_codes_within_reach_alone(stride, blocks):
+    decoder, codes = Decoder(3, 1, 4, blocks, stride), torch.randn(1, 3, 15, 15)
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter)
+    changed = codes.clone()
+    changed[:, :, 7, 7] += 1
+    rows = (decoder(codes) != decoder(changed))[0, 0].any(1).nonzero()
+    assert 7 - rows.min() // stride <= decoder.reach and rows.max() // stride - 7 <= decoder.reach

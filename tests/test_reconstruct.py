@@ -17,8 +17,8 @@ from PIL import Image
 
 import evaluate
 import reconstruct as script
-from model import load_model
-from reconstruct import unique_names
+from model import VQVAE, load_model
+from reconstruct import refine, unique_names
 
 
 def run(folder, *words):
@@ -197,6 +197,58 @@ def test_full_size_images_may_differ_in_size(other_run, tmp_path, capsys):
     assert "differ in size" in printed and everything(other_run) == before and not (tmp_path / "out").exists()
 
 
+def random_model(*size, **options):
+    """A small model with random weights everywhere, also where training starts from zeros."""
+    model = VQVAE(1, size, codebook_size=12, code_dim=4, width=6, kmeans_start=False, **options).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+@torch.inference_mode()
+def test_refining_is_a_search_of_one_place_after_another():
+    model, x = random_model(12, 9, downsample=4, blocks=1), torch.rand(3, 1, 12, 9)
+    found, codebook = torch.cat(refine(model, x, model.encode(x), candidates=5)), model.levels[0].quantizer.codebook
+    for image, start, result in zip(x.split(1), model.encode(x)[0], found):
+        codes = start.clone()
+        for place in np.ndindex(*codes.shape):
+            distance = (codebook - codebook[codes[place]]).norm(dim=1)
+            errors = []
+            for codes[place] in (tried := distance.argsort()[:5].tolist()):
+                errors.append((model.decode([codes[None]]) - image).square().sum().item())
+            codes[place] = tried[int(np.argmin(errors))]
+        assert torch.equal(codes, result) and not torch.equal(codes, start)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("downsample", "levels", "blocks"), [(2, 1, 1), (4, 2, 0), (8, 1, 1)])
+def test_refining_far_places_at_once_lowers_the_error(downsample, levels, blocks):
+    """It would not if a pixel depended on two of them; what is above the last level stays."""
+    model = random_model(18 * downsample, 20 * downsample, downsample=downsample, levels=levels, blocks=blocks)
+    x = torch.rand(2, 1, 18 * downsample - 1, 20 * downsample - 3)
+    encoded, errors = model.encode(x), []
+    for candidates in (1, 2, 4):  # 1: none but the chosen one
+        found = refine(model, x, encoded, candidates)
+        assert all(torch.equal(a, b) for a, b in zip(found[:-1], encoded[:-1]))
+        assert torch.equal(found[-1], encoded[-1]) == (candidates == 1)
+        errors.append((model.decode(found, x.shape[-2:]) - x).square().sum((1, 2, 3)))
+    assert (errors[0] > errors[1]).all() and (errors[0] > errors[2]).all()
+
+
+def test_refined_codes_reach_the_files(trained_run, tmp_path):
+    """And decode to the images beside them, which are nearer to the originals."""
+    for name, *flags in (("plain",), ("refined", "--refine=3")):
+        run(trained_run, *flags, f"--out={tmp_path / name}")
+    run(trained_run, f"--codes={tmp_path / 'refined/codes.npz'}", f"--out={tmp_path / 'again'}")
+    errors = dict.fromkeys(("plain", "refined"), 0.0)
+    for path in (tmp_path / "refined" / "reconstructions").iterdir():
+        assert torch.equal(read(path), read(tmp_path / "again" / "reconstructions" / path.name))
+        for name in errors:
+            made, original = (read(tmp_path / name / kind / path.name) for kind in ("reconstructions", "originals"))
+            errors[name] += float((made.float() - original.float()).square().sum())
+    assert errors["refined"] < errors["plain"]
+
+
 def test_names_alike_are_numbered():
     """Also those that Windows and macOS take for the same; none is too long to be written."""
     paths = [script.Path(name) for name in ("a/x.png", "b/x.jpg", "X.gif", "x_2.png", "x.png", "a\nb.png", "..png")]
@@ -336,7 +388,8 @@ def test_out_left_by_a_kill_makes_way(trained_run, tmp_path):
     [
         (["--codes=a.npz"], "--codes needs --out"),
         (["--codes=a.npz", "--out=b", "c.png"], "leave out the files"),
-        (["--codes=a.npz", "--out=b", "--full-size"], "leave out the files and --full-size"),
+        (["--codes=a.npz", "--out=b", "--full-size"], "leave out the files, --full-size"),
+        (["--codes=a.npz", "--out=b", "--refine=4"], "and --refine"),
     ],
 )
 def test_contradicting_flags_are_refused(capsys, flags, message):
