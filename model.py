@@ -4,13 +4,15 @@ Shapes: B batch, C image channels, D code_dim, K codebook_size; an image of H x 
     x, x_recon  (B, C, H, W)        pixels in [0, 1]
     z_e, z_q    (B, D, h, w)        h = ceil(H / S), w = ceil(W / S), where a level has a code per S x S pixels
     indices     (B, h, w) int64
-What there is of each level comes as a list, the top level (the one with the fewest codes) first.
+What there is of each level comes as a list, the top level (the one with the fewest codes) first; so do the indices of
+a single level's scales, the coarsest first.
 
 Source: VQ-VAE, arXiv 1711.00937, section 4.1; two levels: VQ-VAE-2, arXiv 1906.00446, section 3.1. Departures, all for
 speed at equal quality on a processor: strided and transposed convolutions became pixel (un)shuffles with plain ones,
 ReLU became SiLU, and most layers work at the size of the codes.
 """
 
+import functools
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -19,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantizer import Quantized, VectorQuantizer
+from scales import MultiScaleQuantizer, parse_scales
 
 LEVEL_NAMES = {1: ("",), 2: ("top", "bottom")}  # for each number of levels
 
@@ -96,6 +99,7 @@ class VQVAE(nn.Module):
         blocks: residual blocks in each encoder, and as many in each decoder.
         downsample: pixels per code of the bottom level in each direction, a power of two from 2 on.
         levels: 1 or 2; each level has half the height and width of the one below it.
+        scales: sizes of the maps of codes of a single level, such as "1,2,4,7", or "auto": see `scales.py`.
         mean, std: (C,) of the training pixels. The network sees and makes normalised images.
         quantizer_options: further arguments of `VectorQuantizer`.
     """
@@ -110,6 +114,7 @@ class VQVAE(nn.Module):
         blocks: int = 2,
         downsample: int = 4,
         levels: int = 1,
+        scales: str | None = None,
         mean: Tensor | float = 0.0,
         std: Tensor | float = 1.0,
         **quantizer_options,
@@ -119,6 +124,12 @@ class VQVAE(nn.Module):
             raise ValueError(f"downsample is {downsample}, but must be a power of two from 2 on")
         self.channels, self.image_size, self.level_names = channels, tuple(image_size), LEVEL_NAMES[levels]
         self.strides = [downsample * 2**i for i in reversed(range(levels))]  # pixels per code, top first
+        if scales is not None and levels > 1:
+            raise ValueError("--levels 2 and --scales exclude each other; leave out one of them")
+        grid = tuple(length // downsample for length in self._padded(image_size))
+        self.scales = [] if scales is None else parse_scales(scales, grid)
+        self.map_names = [f"scale{i + 1}" for i in range(len(self.scales))] or self.level_names
+        kind = functools.partial(MultiScaleQuantizer, self.scales) if self.scales else VectorQuantizer
         self.register_buffer("mean", torch.as_tensor(mean).expand(channels).reshape(-1, 1, 1).clone())
         self.register_buffer("std", torch.as_tensor(std).expand(channels).reshape(-1, 1, 1).clone())
         self.levels = nn.ModuleList()
@@ -127,7 +138,7 @@ class VQVAE(nn.Module):
             below, stride = (width, 2) if i else (channels, downsample)
             encoder = Encoder(below, width, blocks, stride)
             to_code = nn.Sequential(nn.SiLU(), nn.Conv2d(width + above, code_dim, 1))
-            quantizer = VectorQuantizer(codebook_size, code_dim, **quantizer_options)
+            quantizer = kind(codebook_size, code_dim, **quantizer_options)
             decoder = Decoder(code_dim + above, code_dim if i else channels, width, blocks, stride)
             self.levels.append(Level(encoder, to_code, quantizer, decoder))
 
@@ -154,31 +165,39 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> list[Tensor]:
-        """Return the codes of images: each level's indices (B, h, w)."""
-        return [level.quantizer.encode(z_e) for level, z_e in zip(self.levels, self.z_e(x))]
+        """Return the codes of images: the indices (B, h, w) of each level, or of each scale."""
+        indices = [level.quantizer.encode(z_e) for level, z_e in zip(self.levels, self.z_e(x))]
+        return indices[0] if self.scales else indices
 
     def decode(self, indices: list[Tensor | None], size: tuple[int, int] | None = None) -> Tensor:
         """Return the images of codes, in [0, 1], cropped to `size`; by default to `image_size` if it has this grid.
 
-        None in place of a level's indices stands for its average code: the images are what the other levels carry.
+        None in place of a level's indices stands for its average code: the images are what the other levels carry. Of
+        several scales, the first ones alone will do.
         """
-        known = [(level, stride) for level, stride in zip(indices, self.strides) if level is not None]
+        indices = [indices] if self.scales else indices
+        z_q = [None if i is None else level.quantizer.lookup(i) for level, i in zip(self.levels, indices)]
+        known = [(codes, stride) for codes, stride in zip(z_q, self.strides) if codes is not None]
         if len(indices) != len(self.levels) or not known:
             raise ValueError(f"got indices of {len(known)} levels, but the model has {len(self.levels)}")
         batch, grid = len(known[0][0]), [length * known[0][1] for length in known[0][0].shape[-2:]]
         z_q = [
-            level.average_code(batch, grid[0] // stride, grid[1] // stride)
-            if chosen is None
-            else level.quantizer.lookup(chosen)
-            for level, chosen, stride in zip(self.levels, indices, self.strides)
+            level.average_code(batch, grid[0] // stride, grid[1] // stride) if codes is None else codes
+            for level, codes, stride in zip(self.levels, z_q, self.strides)
         ]
         if size is None:
             size = self.image_size if grid == self._padded(self.image_size) else grid
         return self._pixels(self._decode(z_q), size).clamp(0, 1)
 
     def grids(self, size: tuple[int, int]) -> list[tuple[int, int]]:
-        """Return (h, w) of each level's codes of images of (H, W)."""
-        return [tuple(length // stride for length in self._padded(size)) for stride in self.strides]
+        """Return (h, w) of the codes of each level, or of each scale, of images of (H, W)."""
+        grids = [tuple(length // stride for length in self._padded(size)) for stride in self.strides]
+        return [*self.scales[:-1], *grids]
+
+    @property
+    def codebooks(self) -> list[Tensor]:
+        """The codebook (K, D) of each level, or, shared by all, of each scale."""
+        return [level.quantizer.codebook.detach() for level in self.levels] * (len(self.scales) or 1)
 
     def _features(self, x):  # of each level, top first
         if x.ndim != 4 or x.shape[1] != self.channels:
@@ -217,8 +236,9 @@ def named(kind: str, level: str) -> str:
 
 def build_model(args: dict, image_shape: tuple[int, int, int], **statistics: Tensor) -> VQVAE:
     """Make the model that train.py's arguments describe, for images of shape (C, H, W)."""
-    names = ("codebook_size", "code_dim", "width", "blocks", "downsample", "levels")
+    names = ("codebook_size", "code_dim", "width", "blocks", "downsample", "levels", "scales")
     names += ("ema", "decay", "kmeans_start", "revive_below")
+    args = {"scales": None} | args  # older checkpoints have none
     return VQVAE(image_shape[0], image_shape[1:], **{name: args[name] for name in names}, **statistics)
 
 

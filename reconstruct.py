@@ -200,8 +200,8 @@ def write_images(folder: Path, names: list[str], images: Iterable[Tensor]):
 
 
 def write_codes(path: Path, names: list[str], indices: list, size: tuple, model: VQVAE, checkpoint: dict):
-    """Write what numpy alone can read: the indices (N, h, w) of every level, names, K, and bits per image."""
-    levels = dict(zip((named("indices", name) for name in model.level_names), map(torch.stack, zip(*indices))))
+    """Write what numpy alone can read: the indices (N, h, w) of every level or scale, names, K, and bits per image."""
+    levels = dict(zip((named("indices", name) for name in model.map_names), map(torch.stack, zip(*indices))))
     codebook_size = model.levels[0].quantizer.codebook_size
     bits = sum(level[0].numel() for level in levels.values()) * math.log2(codebook_size)
     arrays = {name: level.numpy().astype(np.int32) for name, level in levels.items()}
@@ -221,7 +221,7 @@ def read_codes(path: Path, model: VQVAE, checkpoint: dict) -> tuple[list[str], l
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             names, (height, width) = file["names"].tolist(), map(int, file["image_size"])
             size, digest = (height, width), str(file["model"])
-            levels = [torch.from_numpy(file[named("indices", name)]).long() for name in model.level_names]
+            levels = [torch.from_numpy(file[named("indices", name)]).long() for name in model.map_names]
     except Exception as error:  # damaged archives surface as almost any exception
         raise ValueError(f"{printable(path)} is not a codes.npz of this project, or damaged") from error
     if digest != checkpoint["digest"]:

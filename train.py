@@ -1,6 +1,6 @@
 """Train a VQ-VAE on images: `python train.py`.
 
-Source: VQ-VAE, arXiv 1711.00937; with two levels of codes, VQ-VAE-2, arXiv 1906.00446.
+Source: VQ-VAE, arXiv 1711.00937; with two levels of codes, VQ-VAE-2, arXiv 1906.00446; with scales, VAR, 2404.02905.
 """
 
 import argparse
@@ -44,6 +44,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--width", type=positive, default=64, help="channels of the convolutions")
     group.add_argument("--blocks", type=number(int, 1, 1000), default=2, help="residual blocks in encoder and decoder")
     group.add_argument("--levels", type=int, choices=(1, 2), default=1, help="levels of codes; 2: VQ-VAE-2")
+    group.add_argument("--scales", help="maps of codes from coarse to fine, such as 1,2,4,7; auto: powers of two")
     help = "pixels per code in each direction; by default 4 up to 64 pixels and for the lower of 2 levels, else 8"
     group.add_argument("--downsample", type=int, choices=(2, 4, 8, 16, 32), help=help)
 

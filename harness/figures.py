@@ -39,25 +39,31 @@ def images_per_row(width: int) -> int:
 def save_reconstructions(path: Path, model: nn.Module, images: Tensor, title: str):
     """Draw the first of some images (N, C, H, W) uint8, each above its reconstruction.
 
-    With several levels of codes, what the decoder makes of each level's codes alone comes below.
+    With several levels of codes, what the decoder makes of each level's codes alone comes below; with several scales,
+    what it makes of the first ones stands in between.
     """
     columns, size = images_per_row(images.shape[-1]), images.shape[-2:]
-    levels = model.level_names if len(model.level_names) > 1 else ()
-    names = ["original", "reconstruction", *(f"{name} alone" for name in levels)]
-    shown = min(len(images), columns * (ROWS // len(names)))
+    names = ["original", *views(model, [None] * len(model.map_names))]
+    shown = min(len(images), columns * max(1, ROWS // len(names)))
     was_training = model.training
     model.eval()
     rows = []
     for chunk in chunks(shown, size):
         x = to_pixels(images[chunk], model.mean.device)
-        indices = model.encode(x)
-        made = [x, model.decode(indices, size)]
-        for i in range(len(levels)):
-            made.append(model.decode([level if i == j else None for j, level in enumerate(indices)], size))
-        rows.append(torch.stack(made).cpu())
+        made = [model.decode(indices, size) for indices in views(model, model.encode(x)).values()]
+        rows.append(torch.stack([x, *made]).cpu())
     model.train(was_training)
     groups = torch.cat(rows, 1).split(columns, 1)  # (names, columns, C, H, W) each
     save_grid(path, [row for group in groups for row in group], title, names * len(groups))
+
+
+def views(model: nn.Module, indices: list[Tensor]) -> dict[str, list[Tensor | None]]:
+    """Return by name what to decode to see what codes carry: the first scales, or all levels and each alone."""
+    if model.scales:
+        return {f"up to {h}x{w}": indices[: i + 1] for i, (h, w) in enumerate(model.scales)}
+    levels = model.level_names if len(indices) > 1 else ()
+    alone = {f"{name} alone": [codes if name == n else None for n, codes in zip(levels, indices)] for name in levels}
+    return {"reconstruction": indices} | alone
 
 
 def save_samples(path: Path, rows: Sequence[Tensor], title: str, names: Sequence[str] = ()):
@@ -66,16 +72,16 @@ def save_samples(path: Path, rows: Sequence[Tensor], title: str, names: Sequence
 
 
 def save_codes(path: Path, model: nn.Module, names: list[str], images: list, indices: list, recon: list, title: str):
-    """Draw a row for each image (C, H, W) uint8: original, the codes of each level in colour, reconstruction, PSNR.
+    """Draw a row for each image (C, H, W) uint8: original, the codes of each level or scale, reconstruction, PSNR.
 
     Args:
-        indices: (h, w) of each level, for each image.
+        indices: (h, w) of each level or scale, for each image.
         recon: (C, H, W) in [0, 1].
     """
-    levels = model.level_names
+    levels = model.map_names
     figure = Figure(figsize=(2.6 * (2 + len(levels)), 2.5 * len(images) + 0.6), dpi=100, layout="constrained")
     axes = figure.subplots(len(images), 2 + len(levels), squeeze=False)
-    colors = [code_colors(level.quantizer.codebook.detach().cpu()) for level in model.levels]
+    colors = [code_colors(codebook.cpu()) for codebook in model.codebooks]
     for row, name, image, of_levels, made in zip(axes, names, images, indices, recon):
         original = image.float() / 255
         show_image(row[0], original, shortened_text(name))

@@ -132,6 +132,14 @@ def finished_run(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def scales_run(tmp_path_factory):
+    """A run with codes from coarse to fine, not to be changed."""
+    folder = tmp_path_factory.mktemp("scales") / "results"
+    train(folder, "--scales=1,2,4,7", "--steps=10", "--save-every=5")
+    return folder
+
+
 @pytest.fixture
 def trained_run(finished_run, tmp_path):
     """A copy of it, to be changed at will."""

@@ -28,5 +28,6 @@ def test_quantizer_and_prior_need_torch_alone(name):
     assert imports(ROOT / name) - sys.stdlib_module_names == {"torch"}
 
 
-def test_model_imports_the_quantizer_alone():
-    assert imports(ROOT / "model.py") & (TOP | {"harness"}) == {"quantizer"}
+def test_model_imports_the_quantizers_alone():
+    assert imports(ROOT / "model.py") & (TOP | {"harness"}) == {"quantizer", "scales"}
+    assert imports(ROOT / "scales.py") - sys.stdlib_module_names == {"torch", "quantizer"}
