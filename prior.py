@@ -1,11 +1,12 @@
-"""A causal transformer over a VQ-VAE's codes: the prior from which new images are drawn, code after code.
+"""A transformer over a VQ-VAE's codes: the prior from which new images are drawn, code after code or scale by scale.
 
-Shapes: B batch, T codes per image (all levels, the top one first, each row by row), K codebook_size
+Shapes: B batch, T codes per image (all levels or scales, the top one first, each row by row), K codebook_size
     codes   (B, T) int64
     labels  (B,) int64              the number of classes stands for "any class"
-    logits  (B, T, K)               of each code, given the label and the codes before it
+    logits  (B, T, K)               of each code, given the label and the codes drawn before it
 
-Source: prior over the codes, arXiv 1711.00937, section 3.3 (there a PixelCNN); guidance, arXiv 2207.12598, equation 6.
+Source: prior over the codes, arXiv 1711.00937, section 3.3 (there a PixelCNN); next-scale prediction, arXiv 2404.02905,
+section 3.2; guidance, arXiv 2207.12598, equation 6.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 class Block(nn.Module):
-    """Causal self-attention and a two-layer network, each normalised first and added to its input."""
+    """Self-attention and a two-layer network, each normalised first and added to its input."""
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
@@ -27,17 +28,18 @@ class Block(nn.Module):
         self.to_qkv, self.from_heads = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor, cache: Tensor | None = None, at: int = 0) -> Tensor:
-        """Map (B, T, width) to the same.
+    def forward(self, x: Tensor, cache: Tensor | None = None, at: int = 0, mask: Tensor | None = None) -> Tensor:
+        """Map (B, T, width) to the same; a position sees those up to itself, or those of its row of the mask (T, T).
 
-        With a cache (2, B, heads, T, width / heads), x is the one position `at`, (B, 1, width): its key and value join
-        those of the positions before it, which are not computed again.
+        With a cache (2, B, heads, T, width / heads), x is n positions from `at` on, (B, n, width). They see one another
+        and all before them, whose keys and values are in the cache and are not computed again.
         """
         q, k, v = self.to_qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if cache is not None:
-            cache[:, :, :, at] = torch.stack([k[:, :, 0], v[:, :, 0]])
-            k, v = cache[:, :, :, : at + 1]
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)
+            end = at + x.shape[1]
+            cache[:, :, :, at:end] = torch.stack([k, v])
+            k, v = cache[:, :, :, :end]
+        attended = F.scaled_dot_product_attention(q, k, v, mask, is_causal=cache is None and mask is None)
         x = x + self._drop(self.from_heads(attended.transpose(1, 2).flatten(2)))
         return x + self._drop(self.mlp(self.norm2(x)))
 
@@ -46,11 +48,11 @@ class Block(nn.Module):
 
 
 class Prior(nn.Module):
-    """Autoregressive model of an image's codes, given its class or none.
+    """Autoregressive model of an image's codes, given its class or none: one code after another.
 
     Args:
         codebook_size: K.
-        grids: (h, w) of each level's codes, top first.
+        grids: (h, w) of the codes of each level or scale, top first.
         classes: how many; 0 for data without labels.
         width, depth, heads: of the transformer.
         dropout: share of a block's channels dropped in train mode.
@@ -72,6 +74,8 @@ class Prior(nn.Module):
         self.codebook_size, self.grids, self.classes = codebook_size, [tuple(grid) for grid in grids], classes
         self.sizes = [height * width for height, width in grids]  # codes of each level
         self.length = sum(self.sizes)
+        self.steps = [1] * self.length  # how many codes are drawn at once
+        self.register_buffer("mask", None, persistent=False)  # (T, T), which positions each sees, if not those before
         self.label = nn.Embedding(classes + 1, width)
         self.code = nn.Embedding(len(grids) * codebook_size, width)  # of each level its own
         self.level, self.position = nn.Embedding(len(grids), width), nn.Embedding(self.length, width)
@@ -91,20 +95,23 @@ class Prior(nn.Module):
         Codes that are near one another then look alike from the first step on.
 
         Args:
-            codebooks: (K, D) of each level.
+            codebooks: (K, D) of each level or scale.
         """
         for level, (codebook, head) in enumerate(zip(codebooks, self.heads)):
             codes = codebook - codebook.mean(0)
             projection = torch.randn(codes.shape[1], head.in_features, device=codes.device) / codes.shape[1] ** 0.5
-            weight = 0.05 * codes / codes.square().mean().sqrt().clamp(min=1e-6) @ projection
-            self.code.weight[level * self.codebook_size :][: self.codebook_size] = weight
-            head.weight.copy_(weight)
+            projection *= 0.05 / codes.square().mean().sqrt().clamp(min=1e-6)
+            head.weight.copy_(codes @ projection)
+            if isinstance(self.code, nn.Embedding):
+                self.code.weight[level * self.codebook_size :][: self.codebook_size] = head.weight
+            else:  # of sums of codes: in the end as those of the finest scale
+                self.code.weight.copy_(projection.T)
 
     def forward(self, codes: Tensor, labels: Tensor) -> Tensor:
-        """Return the logits (B, T, K) of codes (B, T), each from the label and the codes before it."""
-        x = torch.cat([self.label(labels)[:, None], self._embed(codes[:, :-1])], 1) + self._places()
+        """Return the logits (B, T, K) of codes (B, T), each from the label and the codes drawn before it."""
+        x = self._inputs(codes[:, : -self.steps[-1]], labels) + self._places()
         for block in self.blocks:
-            x = block(x)
+            x = block(x, mask=self.mask)
         parts = self.norm(x).split(self.sizes, 1)
         return torch.cat([head(part) for head, part in zip(self.heads, parts)], 1)
 
@@ -114,25 +121,55 @@ class Prior(nn.Module):
         weight = self.label.weight
         return [weight.new_zeros(2, batch, heads, self.length, width // heads) for _ in self.blocks]
 
-    def step(self, before: Tensor, at: int, caches: list[Tensor]) -> Tensor:
-        """Return the logits (B, K) of the codes at position `at`, as `forward` would, at the cost of one position.
+    def step(self, codes: Tensor, labels: Tensor, caches: list[Tensor]) -> Tensor:
+        """Return the logits (B, n, K) of the n codes to draw next, as `forward` would, at the cost of n positions.
 
         Args:
-            before: the codes (B,) at position at - 1, or for the first position the labels.
-            caches: as the steps of all positions before this one left them.
+            codes: (B, t), those drawn so far.
+            caches: as the steps before this one left them.
         """
-        x = self.label(before) if at == 0 else self.code(before + self.codebook_size * self.level_at[at - 1])
-        x = (x + self._places()[at])[:, None]
+        at = codes.shape[1]
+        x = self._inputs(codes, labels, at)
+        x = x + self._places()[at:][: x.shape[1]]
         for block, cache in zip(self.blocks, caches):
             x = block(x, cache, at)
         level = sum(at >= size for size in itertools.accumulate(self.sizes))
-        return self.heads[level](self.norm(x)[:, 0])
+        return self.heads[level](self.norm(x))
 
-    def _embed(self, codes):
-        return self.code(codes + self.codebook_size * self.level_at[: codes.shape[1]])
+    def whole_steps(self, count: int) -> int:
+        """Return how many codes, at most `count`, make whole steps: the first ones of an image, or its first scales."""
+        return max(end for end in itertools.accumulate(self.steps, initial=0) if end <= count)
+
+    def _inputs(self, codes, labels, at=0):  # of the positions from `at` on that codes (B, t) are enough for
+        first = max(0, at - 1)
+        x = self.code(codes[:, first:] + self.codebook_size * self.level_at[first : codes.shape[1]])
+        return x if at else torch.cat([self.label(labels)[:, None], x], 1)
 
     def _places(self):  # (T, width)
         return self.level(self.level_at) + self.position.weight
+
+
+class ScalePrior(Prior):
+    """Model of an image's codes from coarse to fine: all codes of a scale at once, from those of the scales before it.
+
+    The input of a scale is the sum decoded so far, resized to it. A position sees its own scale and those before it.
+
+    Args:
+        quantizer: the `MultiScaleQuantizer` whose codes these are; it stays as it is, and is not saved with the prior.
+        options: arguments of `Prior`; the grids are the scales.
+    """
+
+    def __init__(self, quantizer: nn.Module, **options):
+        super().__init__(**options)
+        self.contexts, self.steps = quantizer.contexts, self.sizes
+        self.mask = self.level_at[:, None] >= self.level_at
+        self.code = nn.Linear(quantizer.code_dim, self.label.embedding_dim)  # of a sum of codes, not of one of K
+
+    def _inputs(self, codes, labels, at=0):
+        drawn = sum(codes.shape[1] >= end for end in itertools.accumulate(self.sizes))  # scales
+        maps = [part.unflatten(1, grid) for part, grid in zip(codes.split(self.sizes[:drawn], 1), self.grids)]
+        sums = torch.cat([context.flatten(2) for context in self.contexts(maps, len(codes))], 2)  # (B, D, t + n)
+        return self.code(sums.movedim(1, -1)[:, at:]) + self.label(labels)[:, None]
 
 
 @torch.inference_mode()
@@ -146,7 +183,7 @@ def generate(
     given: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw the codes (B, T) of new images, one position after another.
+    """Draw the codes (B, T) of new images, one step after another.
 
     Args:
         labels: (B,), the class of each image.
@@ -164,21 +201,21 @@ def generate(
     batch = len(labels)
     guided = guidance != 1 and bool((labels < prior.classes).any())
     asked = torch.cat([labels, torch.full_like(labels, prior.classes)]) if guided else labels
-    caches, before, codes = prior.caches(len(asked)), asked, []
-    for at in range(prior.length):
-        logits = prior.step(before, at, caches).float()
+    caches, codes = prior.caches(len(asked)), labels.new_empty(batch, 0)
+    given = codes if given is None else given
+    for size in prior.steps:
+        logits = prior.step(codes.repeat(len(asked) // max(batch, 1), 1), asked, caches).float()
         if guided:
             with_class, without = logits.split(batch)
             logits = without + guidance * (with_class - without)
-        if given is not None and at < given.shape[1]:
-            chosen = given[:, at]
-        else:
+        chosen = given[:, codes.shape[1] :][:, :size]
+        if chosen.shape[1] < size:
             logits = logits - logits.amax(-1, keepdim=True)  # of which a tiny temperature makes no NaN
-            share = restrict(logits / max(temperature, 1e-30), top_k, top_p).softmax(-1)
-            chosen = torch.multinomial(share, 1, generator=generator)[:, 0]
-        codes.append(chosen)
-        before = torch.cat([chosen, chosen]) if guided else chosen
-    return torch.stack(codes, 1)
+            share = restrict(logits.flatten(0, 1) / max(temperature, 1e-30), top_k, top_p).softmax(-1)
+            drawn = torch.multinomial(share, 1, generator=generator).view(batch, size)
+            chosen = torch.cat([chosen, drawn[:, chosen.shape[1] :]], 1)
+        codes = torch.cat([codes, chosen], 1)
+    return codes
 
 
 def restrict(logits: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -194,13 +231,17 @@ def restrict(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     return logits
 
 
-def build_prior(args: dict, shape: dict) -> Prior:
-    """Make the prior of train_prior.py's arguments, for codes of a `shape` (codebook_size, grids, classes)."""
-    return Prior(**shape, **{name: args[name] for name in ("width", "depth", "heads", "dropout")})
+def build_prior(args: dict, shape: dict, model: nn.Module) -> Prior:
+    """Make the prior of train_prior.py's arguments, for codes of a `shape` (codebook_size, grids, classes).
+
+    If the VQVAE of these codes has scales, the prior draws scale by scale.
+    """
+    options = shape | {name: args[name] for name in ("width", "depth", "heads", "dropout")}
+    return ScalePrior(model.levels[0].quantizer, **options) if model.scales else Prior(**options)
 
 
-def load_prior(checkpoint: dict, device: torch.device | str = "cpu") -> Prior:
-    """Rebuild the best prior of a checkpoint of train_prior.py, in eval mode.
+def load_prior(checkpoint: dict, model: nn.Module) -> Prior:
+    """Rebuild the best prior of a checkpoint of train_prior.py, in eval mode, on the device of the VQVAE of its codes.
 
     Raises:
         ValueError: the checkpoint does not hold what its arguments describe.
@@ -210,12 +251,12 @@ def load_prior(checkpoint: dict, device: torch.device | str = "cpu") -> Prior:
         if args["depth"] > len(weights):
             raise ValueError("more blocks than weights")
         with torch.device("meta"):  # a file may name any sizes: compare them before they take memory
-            build_prior(args, shape).load_state_dict(weights, assign=True)
-        prior = build_prior(args, shape)
+            build_prior(args, shape, model).load_state_dict(weights, assign=True)
+        prior = build_prior(args, shape, model)
         prior.load_state_dict(weights)
     except Exception as error:  # what does not fit surfaces as almost any exception
         raise ValueError(f"{checkpoint.get('path')} holds no prior of this version of the project") from error
-    return prior.to(device).eval()
+    return prior.to(model.mean.device).eval()
 
 
 def attention_kernel(device: torch.device, precision: str) -> contextlib.AbstractContextManager:

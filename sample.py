@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from harness import figures
@@ -42,7 +43,8 @@ def load_run(run: str | Path, device: torch.device | str = "cpu") -> tuple[VQVAE
             f"the prior in {run} belongs to another VQ-VAE, of step {steps[0]:,}, than the one there, of step "
             f"{steps[1]:,}; train it anew: {command('train_prior.py', '--run', run)}"
         )
-    model, prior = load_model(vqvae, device), load_prior(trained, device)
+    model = load_model(vqvae, device)
+    prior = load_prior(trained, model)
     names = vqvae["identity"]["class_names"]
     fits = prior.grids == model.grids(model.image_size) and prior.codebook_size == vqvae["args"]["codebook_size"]
     if not fits or (names and prior.classes != len(names)):
@@ -97,16 +99,14 @@ def labels_of(prior: Prior, num: int | None = None, classes: list[int] | None = 
 @torch.inference_mode()
 def draw(model: VQVAE, prior: Prior, labels: Tensor, seed: int = 0, given: Tensor | None = None, **options) -> Tensor:
     """Draw an image (N, C, H, W) uint8 for each label (N,), going on from the codes (N, t) given."""
-    levels = draw_codes(model, prior, labels, seed, given, **options)
-    parts = chunks(len(labels), model.image_size, most=500)
-    return torch.cat([to_uint8(model.decode([level[part] for level in levels])) for part in parts])
+    return render(model, draw_codes(model, prior, labels, seed, given, **options))
 
 
 @torch.inference_mode()
 def draw_codes(
     model: VQVAE, prior: Prior, labels: Tensor, seed: int = 0, given: Tensor | None = None, **options
 ) -> list[Tensor]:
-    """Draw the codes of an image for each label, as `draw`: the indices (N, h, w) of each level."""
+    """Draw the codes of an image for each label, as `draw`: the indices (N, h, w) of each level or scale."""
     device = prior.level_at.device
     options = {"temperature": TEMPERATURE, "top_p": TOP_P, "guidance": GUIDANCE} | options
     was_training = prior.training
@@ -120,6 +120,17 @@ def draw_codes(
     prior.train(was_training)
     levels = torch.cat(codes).split(prior.sizes, 1)
     return [level.unflatten(1, grid) for level, grid in zip(levels, prior.grids)]
+
+
+@torch.inference_mode()
+def render(model: VQVAE, levels: list[Tensor | None], size: Sequence[int] | None = None) -> Tensor:
+    """Return the images (N, C, H, W) uint8 of indices (N, h, w), on the CPU, as `VQVAE.decode` makes them."""
+    count = next(len(level) for level in levels if level is not None)
+    images = []
+    for part in chunks(count, model.image_size, most=500):
+        indices = [None if level is None else level[part].to(model.mean.device) for level in levels]
+        images.append(to_uint8(model.decode(indices, size)).cpu())
+    return torch.cat(images)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -161,15 +172,26 @@ def main(args: argparse.Namespace):
                 size = (args.num or 0) * (8 + model.channels * math.prod(model.image_size))  # labels and pixels
                 check_room(size, f"--num {args.num}", "draw fewer at a time")
                 labels = labels_of(prior, args.num, class_numbers(args.classes, names) if args.classes else None)
-                images = draw(model, prior, labels, **options)
+                levels = draw_codes(model, prior, labels, **options)
+                images = render(model, levels)
                 shown = list(dict.fromkeys(labels.tolist()))
                 rows = [images[labels == label] for label in shown] if prior.classes else images.split(PER_CLASS)
                 row_names = [names[label] for label in shown] if prior.classes and names else ()
                 path, title = Path(args.run, "samples.png"), "samples" + ", a row per class" * (prior.classes > 0)
+                if model.scales:
+                    save_scales(Path(args.run, "samples_by_scale.png"), model, levels)
             for i, image in enumerate(images if out else []):
                 to_pil_image(image.cpu()).save(out / f"{i:05d}.png")  # grey images stay grey
             figures.save_samples(path, rows, title, row_names)
     say(f"wrote {path}" + (f" and {len(images):,} images in {args.out}" if args.out else ""))
+
+
+def save_scales(path: Path, model: VQVAE, levels: list[Tensor]):
+    """Draw some of the samples, of all classes, after each scale of their codes."""
+    some = torch.linspace(0, len(levels[0]) - 1, min(PER_CLASS, len(levels[0]))).long()
+    views = figures.views(model, [codes[some] for codes in levels])
+    rows = [render(model, indices) for indices in views.values()]
+    figures.save_samples(path, rows, "the same samples, coarse to fine", list(views))
 
 
 def complete(
@@ -180,7 +202,7 @@ def complete(
     originals, _ = read_images(list(map(Path, args.complete)), model.channels, model.image_size, background)
     originals = torch.stack(originals).to(device)
     codes = torch.cat([level.flatten(1) for level in model.encode(to_pixels(originals, device))], 1)
-    kept = codes[:, : int(args.keep * prior.length)]
+    kept = codes[:, : prior.whole_steps(int(args.keep * prior.length))]
     labels = torch.full((COMPLETIONS * len(kept),), prior.classes)  # any class
     images = draw(model, prior, labels, given=kept.repeat_interleave(COMPLETIONS, 0), **options)
     rows = [torch.cat(row) for row in zip(originals.split(1), images.split(COMPLETIONS))]

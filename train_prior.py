@@ -1,9 +1,9 @@
 """Train a prior over the codes of a trained VQ-VAE, from which new images are drawn: `python train_prior.py`.
 
 The VQ-VAE stays as it is; its training images are encoded once. Reported is the cross-entropy of the codes in nats:
-what a code costs if it is predicted from those before it.
+what a code costs if it is predicted from those drawn before it.
 
-Source: prior over the codes, arXiv 1711.00937, section 3.3.
+Source: prior over the codes, arXiv 1711.00937, section 3.3; over those of scales, arXiv 2404.02905, section 3.2.
 """
 
 import argparse
@@ -69,15 +69,15 @@ def main(args: argparse.Namespace):
             "grids": codes["grids"],
             "classes": len(codes["class_names"]),
         }
-        check_memory(lambda: build_prior(vars(args), shape), run.device)
+        check_memory(lambda: build_prior(vars(args), shape, model), run.device)
         if run.checkpoint:
-            load_prior(run.checkpoint)  # or its best weights would be kept, and not fit
+            load_prior(run.checkpoint, model)  # or its best weights would be kept, and not fit
         run.begin(len(train), f"images of {codes['dataset']} as codes", **trained_on(vqvae), shape=shape)
 
     # Model and optimizers: with Muon, the blocks' matrices learn in a third of the steps that AdamW needs
     torch.manual_seed(args.seed)
-    prior = build_prior(vars(args), shape).to(run.device).train()
-    prior.start_from_codebooks([level.quantizer.codebook for level in model.levels])
+    prior = build_prior(vars(args), shape, model).to(run.device).train()
+    prior.start_from_codebooks(model.codebooks)
     matrices = [p for p in prior.blocks.parameters() if p.ndim == 2]
     others = [p for p in prior.parameters() if not any(p is matrix for matrix in matrices)]
     muon = Muon(matrices, getattr(torch, args.precision), weight_decay=args.weight_decay)
@@ -155,7 +155,8 @@ def load_codes(run: Run, model: VQVAE, vqvae: dict) -> dict:
 
     Returns:
         train, test: (N, 1 + T) int64, each image's label, 0 without labels, and its codes.
-        grids: (h, w) of each level; class_names: none without labels; dataset: its name; key: the checkpoint's digest.
+        grids: (h, w) of each level or scale; class_names: none without labels; dataset: its name.
+        key: the checkpoint's digest.
     """
     path = run.folder / CODES
     if run.rank > 0:

@@ -81,11 +81,9 @@ def test_images_do_not_depend_on_batch_mates(prior):
 
 def test_cached_steps_give_the_logits_of_the_whole(prior):
     codes, labels = some_codes(prior)
-    caches, before, steps = prior.caches(len(codes)), labels, []
-    for at in range(prior.length):
-        steps.append(prior.step(before, at, caches))
-        before = codes[:, at]
-    torch.testing.assert_close(torch.stack(steps, 1), prior(codes, labels), rtol=0, atol=1e-4)
+    caches = prior.caches(len(codes))
+    steps = [prior.step(codes[:, :at], labels, caches) for at in range(prior.length)]
+    torch.testing.assert_close(torch.cat(steps, 1), prior(codes, labels), rtol=0, atol=1e-4)
 
 
 def test_levels_have_embeddings_and_heads_of_their_own():
