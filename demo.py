@@ -1,8 +1,8 @@
 """See the codes of a trained VQ-VAE in the browser, and change them: `python demo.py --run results`.
 
-Shapes: C channels, H x W pixels, N images; a level has a grid of h x w codes out of K
+Shapes: C channels, H x W pixels, N images; a level, or one of its scales, has a grid of h x w codes out of K
     image   (C, H, W) uint8
-    levels  a list with the indices of each level, top first: (N, h, w) int64, or (h, w) of one image
+    levels  a list with the indices of each level or scale, top first: (N, h, w) int64, or (h, w) of one image
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from harness.cli import command, make_parser, number, say, user_errors
-from harness.data import chunks, dataset_of, first_images, to_pixels, to_uint8
+from harness.data import chunks, dataset_of, first_images, to_pixels
 from harness.figures import code_colors, psnr
 from harness.folder import FORMATS, decode, pillow_warnings, reason_of
 from harness.machine import pick_device
@@ -26,13 +26,14 @@ from harness.storage import checkpoint_path, load_checkpoint
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from model import VQVAE, load_model
 from prior import Prior
-from sample import COMPLETIONS, GUIDANCE, TEMPERATURE, TOP_P, draw_codes, load_run
+from sample import COMPLETIONS, GUIDANCE, TEMPERATURE, TOP_P, draw_codes, load_run, render
 
 try:
     import gradio as gr
@@ -103,7 +104,7 @@ def load_page(run: str, data_dir: str | None = None, device: torch.device | str 
         else:
             levels = encode(model, torch.zeros(1, model.channels, *model.image_size, dtype=torch.uint8))
         examples = render(model, levels)
-    colors = [code_colors(level.quantizer.codebook.detach().cpu()) for level in model.levels]
+    colors = [code_colors(codebook.cpu()) for codebook in model.codebooks]
     palettes = [make_palette(model, levels, level) for level in range(len(levels))]
     return Page(model, prior, checkpoint, examples, colors, palettes, missing)
 
@@ -114,17 +115,18 @@ def make_palette(model: VQVAE, levels: list[Tensor], level: int) -> tuple[list[i
     A patch is the mean over where the code stands in the images of some levels (N, h, w); of a code that is in none of
     them, what it draws among its own kind.
     """
-    stride, uses = model.strides[level], model.levels[level].quantizer.ema_counts.cpu()
+    grid, uses = tuple(levels[level].shape[1:]), model.levels[level % len(model.levels)].quantizer.ema_counts.cpu()
+    whole = [model.strides[-1] * side for side in levels[-1].shape[1:]]  # of the images, with what pads them
     codes = uses.topk(min(PALETTE, len(uses))).indices
+    field, size = (grid, whole) if model.scales else ((4, 4), [4 * model.strides[level]] * 2)  # whole at both levels
     alone = [None] * len(levels)
-    alone[level] = codes[:, None, None].expand(-1, 4, 4)  # 4: whole codes at both levels
-    means = patches_of(render(model, alone, [4 * stride] * 2), stride).unflatten(0, (len(codes), 16))[
-        :, 5
-    ]  # away from the edge
+    alone[level] = codes[:, None, None].expand(-1, *field)
+    middle = (field[0] - 1) // 2 * field[1] + (field[1] - 1) // 2  # away from the edge
+    means = patches_of(render(model, alone, size), field).unflatten(0, (len(codes), -1))[:, middle]
     sums, counts = torch.zeros(len(uses), *means.shape[1:]), torch.zeros(len(uses))
     for part in chunks(len(levels[0]), model.image_size):
-        found, whole = [of_level[part] for of_level in levels], [stride * side for side in levels[level].shape[1:]]
-        sums.index_add_(0, found[level].flatten(), patches_of(render(model, found, whole), stride))
+        found = [of_level[part] for of_level in levels]
+        sums.index_add_(0, found[level].flatten(), patches_of(render(model, found, whole), grid))
         counts += found[level].flatten().bincount(minlength=len(uses))
     seen = counts[codes] > 0
     means[seen] = sums[codes[seen]] / counts[codes[seen], None, None, None]
@@ -138,9 +140,13 @@ def make_palette(model: VQVAE, levels: list[Tensor], level: int) -> tuple[list[i
     return codes[order].tolist(), means[order].round().to(torch.uint8)
 
 
-def patches_of(images: Tensor, size: int) -> Tensor:
-    """Cut images (N, C, h size, w size) into float patches (N h w, C, size, size), row by row."""
-    return images.float().unfold(2, size, size).unfold(3, size, size).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+def patches_of(images: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Cut images (N, C, H, W) into float patches (N h w, C, S, S), row by row, for the places of a grid (h, w)."""
+    size = math.ceil(max(images.shape[2] / grid[0], images.shape[3] / grid[1]))
+    images, whole = images.float(), [size * side for side in grid]
+    if list(images.shape[2:]) != whole:
+        images = F.interpolate(images, whole, mode="bilinear")
+    return images.unfold(2, size, size).unfold(3, size, size).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
 
 
 def read_image(content: bytes, page: Page) -> Tensor:
@@ -170,17 +176,6 @@ def encode(model: VQVAE, images: Tensor) -> list[Tensor]:
     """Return the levels of images (N, C, H, W), on the CPU."""
     parts = [model.encode(to_pixels(images[part], model.mean.device)) for part in chunks(len(images), model.image_size)]
     return [torch.cat(level).cpu() for level in zip(*parts)]
-
-
-@torch.inference_mode()
-def render(model: VQVAE, levels: list[Tensor | None], size: Sequence[int] | None = None) -> Tensor:
-    """Return the images (N, C, H, W) uint8 of levels (N, h, w), on the CPU; None stands for a level's average code."""
-    count = next(len(level) for level in levels if level is not None)
-    images = []
-    for part in chunks(count, model.image_size):
-        indices = [None if level is None else level[part].to(model.mean.device) for level in levels]
-        images.append(to_uint8(model.decode(indices, size)).cpu())
-    return torch.cat(images)
 
 
 def draw(model: VQVAE, prior: Prior, count: int, label: int = -1, given: Tensor | None = None, **options) -> list:
@@ -276,7 +271,7 @@ def code_tiles(codes: Tensor, colors: np.ndarray, chosen: int | None = None, kee
 def show_edit(page: Page, edit: Edit) -> list:
     """Return what the editor shows: the edit, the image, each level's codes, the reconstruction, what it takes."""
     grids = []
-    for i, (name, codes, chosen) in enumerate(zip(page.model.level_names, edit.levels, edit.chosen)):
+    for i, (name, codes, chosen) in enumerate(zip(page.model.map_names, edit.levels, edit.chosen)):
         code, (row, column) = int(codes.flatten()[chosen]), divmod(chosen, codes.shape[1])
         caption = f"{name} codes; chosen: {code}, in row {row + 1}, column {column + 1}".strip().capitalize()
         mark = f'<style>#palette-{i} [data-index="{code}"] {{ outline: var(--mark); z-index: 1 }}</style>'
@@ -384,7 +379,7 @@ def edit_tab(page: Page) -> list:
     on(upload.upload, lambda _, path: edit_image(model, read_image(take(path), page)), upload)
     on(canvas.submit, lambda event: edit_image(model, read_image(base64.b64decode(event.image), page)))
     on(back.click, lambda _, edit: undo(edit), edit)
-    for i, (name, grid, (codes, patches)) in enumerate(zip(model.level_names, grids, page.palettes)):
+    for i, (name, grid, (codes, patches)) in enumerate(zip(model.map_names, grids, page.palettes)):
         patch = "Each code as the patch that it draws on average; neighbours look alike."
         text(f"<h3>{f'{name} palette'.strip().capitalize()}</h3>{sentence(patch)}")
         shown = image_tiles(patches, [f"code {code}" for code in codes], codes)
@@ -408,8 +403,9 @@ def draw_tab(page: Page, editor: list, tabs):
             slider("Guidance", "Above 1: more typical of the class.", 0, 4, GUIDANCE, 0.05),
         ]
     go = gr.Button("Draw", variant="primary", elem_id="go")
-    count, info = len(model.levels), "Shows the images after so many levels of codes, top first."
-    depth = slider("Levels", info, 1, max(2, count), count, 1, visible=count > 1)
+    count, name = len(model.map_names), "scales" if model.scales else "levels"
+    info = f"Shows the images after so many {name} of codes, those of the fewest codes first."
+    depth = slider(name.capitalize(), info, 1, max(2, count), count, 1, visible=count > 1)
     drawn, samples = gr.State(), tiles(elem_id="samples", elem_classes="large")
 
     def draw_new(_, depth, label, seed, *values):
@@ -429,20 +425,20 @@ def complete_tab(page: Page, editor: list, tabs, tab):
     """Make the controls that complete the image in the editor."""
     edit, total = editor[0], page.prior.length
     with gr.Row():
-        info = "How many codes stay, row by row; the rest is drawn."
+        info = f"How many codes stay, {'whole scales' if page.model.scales else 'row by row'}; the rest is drawn."
         keep, seed = slider("Codes to keep", info, 0, total, total // 2, 1), seed_box()
     finish = gr.Button("Complete", variant="primary", elem_id="finish")
     with gr.Row(elem_id="kept"):
-        kept = [text(elem_classes="grid") for _ in page.model.levels]
+        kept = [text(elem_classes="grid") for _ in page.model.map_names]
     drawn, endings = gr.State(), tiles(elem_id="endings", elem_classes="large")
 
     def complete(_, edit, keep, seed):
-        given = torch.cat([codes.flatten() for codes in edit.levels])[:keep]
+        given = torch.cat([codes.flatten() for codes in edit.levels])[: page.prior.whole_steps(keep)]
         levels = draw(page.model, page.prior, COMPLETIONS, given=given, seed=int(seed or 0) % 2**63)
         return levels, show_samples(page.model, levels, len(levels))
 
     def show(_, edit, keep):
-        shown = show_kept(page, edit.levels, keep)
+        shown = show_kept(page, edit.levels, page.prior.whole_steps(keep))
         return shown if len(shown) > 1 else shown[0]
 
     listen(finish.click, complete, [edit, keep, seed], [drawn, endings], "minimal")

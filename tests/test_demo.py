@@ -15,6 +15,7 @@ from harness.folder import read_images
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, train
 from PIL import Image
 
@@ -76,6 +77,26 @@ def test_palette_shows_mean_patches(two_levels, level):
         found = [images[n, :, y : y + stride, x : x + stride] for n, (y, x) in zip(of_image, places)]
         expected = sum(found) / len(found) if found else field[0, :, stride : 2 * stride, stride : 2 * stride]
         assert (patch - expected).abs().max() <= 0.51
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_palette_of_scales_shows_mean_patches(level):
+    """Summed by a loop; the side of a patch is rounded up, where the scale does not divide the image."""
+    torch.manual_seed(0)
+    model = VQVAE(3, (12, 20), 16, 8, 8, 1, scales="1,2x3,3x5", kmeans_start=False).eval()
+    torch.nn.init.normal_(model.levels[0].quantizer.codebook)
+    levels = [torch.randint(0, 12, (30, *size)) for size in model.scales]
+    codes, patches = demo.make_palette(model, levels, level)
+    height, width = model.scales[level]
+    side = [20, 7, 4][level]
+    with torch.no_grad():
+        images = (model.decode(levels) * 255).round()
+    images = F.interpolate(images, (height * side, width * side), mode="bilinear")
+    for code, patch in zip(codes, patches):
+        places = (levels[level] == code).nonzero().tolist()
+        found = [images[n, :, y * side :, x * side :][:, :side, :side] for n, y, x in places]
+        assert not found or (patch - sum(found) / len(found)).abs().max() <= 0.51
+    assert sorted(codes) == list(range(16)) and patches.shape == (16, 3, side, side)
 
 
 def test_palette_neighbours_look_alike(two_levels):
@@ -177,6 +198,24 @@ def test_depth_leaves_out_lower_levels(two_levels):
     shown = demo.show_samples(two_levels, levels, 1)
     assert all(demo.data_url(demo.png(image)) in shown for image in top)
     assert demo.show_samples(two_levels, levels, 2) != shown
+
+
+def test_page_changes_and_shows_every_scale(scales_run):
+    page = demo.load_page(str(scales_run))
+    model, sides = page.model, (1, 2, 4, 7)
+    edit = demo.edit_image(model, page.examples[0])
+    assert [tuple(codes.shape) for codes in edit.levels] == [(s, s) for s in sides] and edit.chosen == (0, 3, 10, 24)
+    for level, side in enumerate(sides):
+        codes, patches = page.palettes[level]
+        assert sorted(codes) == list(range(32)) and patches.shape == (32, 1, 28 // side, 28 // side)
+        changed = demo.replace_code(edit, level, (int(edit.levels[level].flatten()[edit.chosen[level]]) + 1) % 32)
+        differing = [(a != b).sum() for a, b in zip(changed.levels, edit.levels)]
+        assert sum(differing) == differing[level] == 1
+        assert len(demo.show_edit(page, changed)) == 4 + len(sides)
+        shown = demo.show_samples(model, [codes[None] for codes in edit.levels], level + 1)
+        with torch.no_grad():
+            expected = model.decode([codes[None] for codes in edit.levels[: level + 1]])
+        assert demo.data_url(demo.png((expected[0] * 255).round().to(torch.uint8))) in shown
 
 
 def test_left_out_codes_are_blank(page):
