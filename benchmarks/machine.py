@@ -23,10 +23,10 @@ import torch
 ROOT = Path(__file__).parent.parent
 
 
-def heading(*more: str) -> str:
+def heading(*more: str, threads: str = "2 threads") -> str:
     """Return the line above a table: processor, threads, versions, date."""
     cpu = torch.cpu.get_capabilities().get("cpu_name", "CPU of unknown name")
-    return ", ".join([cpu, "2 threads", f"torch {torch.__version__}", *more, datetime.date.today().isoformat()])
+    return ", ".join([cpu, threads, f"torch {torch.__version__}", *more, datetime.date.today().isoformat()])
 
 
 def write_json(path: Path, machine: str, args: argparse.Namespace, measured):
