@@ -104,7 +104,7 @@ def load_page(run: str, data_dir: str | None = None, device: torch.device | str 
         else:
             levels = encode(model, torch.zeros(1, model.channels, *model.image_size, dtype=torch.uint8))
         examples = render(model, levels)
-    colors = [code_colors(codebook.cpu()) for codebook in model.codebooks]
+    colors = [code_colors(codebook.cpu()) for codebook in model.codebooks()]
     palettes = [make_palette(model, levels, level) for level in range(len(levels))]
     return Page(model, prior, checkpoint, examples, colors, palettes, missing)
 

@@ -4,8 +4,7 @@ Shapes: B batch, C image channels, D code_dim, K codebook_size; an image of H x 
     x, x_recon  (B, C, H, W)        pixels in [0, 1]
     z_e, z_q    (B, D, h, w)        h = ceil(H / S), w = ceil(W / S), where a level has a code per S x S pixels
     indices     (B, h, w) int64
-What there is of each level comes as a list, the top level (the one with the fewest codes) first; so do the indices of
-a single level's scales, the coarsest first.
+What there is of each level, or scale, comes as a list, the top level (the one with the fewest codes) first.
 
 Source: VQ-VAE, arXiv 1711.00937, section 4.1; two levels: VQ-VAE-2, arXiv 1906.00446, section 3.1. Departures, all for
 speed at equal quality on a processor: strided and transposed convolutions became pixel (un)shuffles with plain ones,
@@ -126,8 +125,7 @@ class VQVAE(nn.Module):
         self.strides = [downsample * 2**i for i in reversed(range(levels))]  # pixels per code, top first
         if scales is not None and levels > 1:
             raise ValueError("--levels 2 and --scales exclude each other; leave out one of them")
-        grid = tuple(length // downsample for length in self._padded(image_size))
-        self.scales = [] if scales is None else parse_scales(scales, grid)
+        self.scales = parse_scales(scales, [length // downsample for length in self._padded(image_size)])
         self.map_names = [f"scale{i + 1}" for i in range(len(self.scales))] or self.level_names
         kind = functools.partial(MultiScaleQuantizer, self.scales) if self.scales else VectorQuantizer
         self.register_buffer("mean", torch.as_tensor(mean).expand(channels).reshape(-1, 1, 1).clone())
@@ -172,8 +170,7 @@ class VQVAE(nn.Module):
     def decode(self, indices: list[Tensor | None], size: tuple[int, int] | None = None) -> Tensor:
         """Return the images of codes, in [0, 1], cropped to `size`; by default to `image_size` if it has this grid.
 
-        None in place of a level's indices stands for its average code: the images are what the other levels carry. Of
-        several scales, the first ones alone will do.
+        None in place of a level's indices stands for its average code. Of several scales, the first ones will do.
         """
         indices = [indices] if self.scales else indices
         z_q = [None if i is None else level.quantizer.lookup(i) for level, i in zip(self.levels, indices)]
@@ -194,9 +191,8 @@ class VQVAE(nn.Module):
         grids = [tuple(length // stride for length in self._padded(size)) for stride in self.strides]
         return [*self.scales[:-1], *grids]
 
-    @property
     def codebooks(self) -> list[Tensor]:
-        """The codebook (K, D) of each level, or, shared by all, of each scale."""
+        """Return the codebook (K, D) of each level or scale; scales share one."""
         return [level.quantizer.codebook.detach() for level in self.levels] * (len(self.scales) or 1)
 
     def _features(self, x):  # of each level, top first

@@ -12,7 +12,7 @@ residuals that they stand for.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import torch
@@ -139,17 +139,19 @@ def listed(sizes: Iterable[Size]) -> str:
     return ", ".join("x".join(map(str, size)) for size in sizes) or "no scale"
 
 
-def parse_scales(text: str, grid: Size) -> list[Size]:
+def parse_scales(text: str | None, grid: Sequence[int]) -> list[Size]:
     """Return the scales of images whose codes make a grid: of "1,2,4,7", or "1,2x3,3x5" for images that are not square.
 
-    "auto" stands for sides of 1, 2, 4, ... up to the grid.
+    "auto" stands for sides of 1, 2, 4, ... up to the grid, None for no scales.
 
     Raises:
         ValueError: the text is something else, or the scales do not grow, or do not end at the grid.
     """
+    if text is None:
+        return []
     if text == "auto":
         sides = [2**i for i in range(max(grid).bit_length()) if 2**i < max(grid)]
-        return [(min(side, grid[0]), min(side, grid[1])) for side in sides] + [grid]
+        return [(min(side, grid[0]), min(side, grid[1])) for side in sides] + [tuple(grid)]
     side = r"[1-9]\d{0,5}"
     if not re.fullmatch(rf"{side}(x{side})?(,{side}(x{side})?)*", text, re.ASCII):
         raise ValueError(f"--scales {text}: must be auto, or sizes from coarse to fine, such as 1,2,4,7 or 1,2x3,3x5")
@@ -158,6 +160,6 @@ def parse_scales(text: str, grid: Size) -> list[Size]:
     for before, after in pairwise(scales):
         if before == after or before[0] > after[0] or before[1] > after[1]:
             raise ValueError(f"--scales {text}: scales must grow, but {listed([after])} comes after {listed([before])}")
-    if scales[-1] != grid:
+    if scales[-1] != tuple(grid):
         raise ValueError(f"--scales {text}: the last scale must be the grid of codes, {listed([grid])}")
     return scales

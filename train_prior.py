@@ -77,7 +77,7 @@ def main(args: argparse.Namespace):
     # Model and optimizers: with Muon, the blocks' matrices learn in a third of the steps that AdamW needs
     torch.manual_seed(args.seed)
     prior = build_prior(vars(args), shape, model).to(run.device).train()
-    prior.start_from_codebooks(model.codebooks)
+    prior.start_from_codebooks(model.codebooks())
     matrices = [p for p in prior.blocks.parameters() if p.ndim == 2]
     others = [p for p in prior.parameters() if not any(p is matrix for matrix in matrices)]
     muon = Muon(matrices, getattr(torch, args.precision), weight_decay=args.weight_decay)

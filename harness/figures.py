@@ -81,7 +81,7 @@ def save_codes(path: Path, model: nn.Module, names: list[str], images: list, ind
     levels = model.map_names
     figure = Figure(figsize=(2.6 * (2 + len(levels)), 2.5 * len(images) + 0.6), dpi=100, layout="constrained")
     axes = figure.subplots(len(images), 2 + len(levels), squeeze=False)
-    colors = [code_colors(codebook.cpu()) for codebook in model.codebooks]
+    colors = [code_colors(codebook.cpu()) for codebook in model.codebooks()]
     for row, name, image, of_levels, made in zip(axes, names, images, indices, recon):
         original = image.float() / 255
         show_image(row[0], original, shortened_text(name))
