@@ -1,7 +1,9 @@
 """Draw new images from a trained VQ-VAE and its prior: `python sample.py --run results`."""
 
 import argparse
+import csv
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -138,9 +140,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     positive, above_zero = number(int, 1, 2**31), number(float, 0, above=True)
     parser.add_argument("--run", default="results", help="folder of the run")
     parser.add_argument("--num", type=positive, help="images in all; by default 10 of each class")
-    parser.add_argument(
-        "--classes", type=lambda text: text.split(","), help="names or numbers, as cats,dogs or 3,7; by default all"
-    )
+    help = """names or numbers, as cats,dogs or 3,7 or 'cats,"salt, pepper"'; by default all"""
+    parser.add_argument("--classes", type=lambda text: next(csv.reader([text])) or [text], help=help)
     parser.add_argument("--temperature", type=above_zero, default=TEMPERATURE, help="below 1, likelier codes")
     parser.add_argument("--top-k", type=number(int, 0, 2**31), default=0, help="draw from so many codes; 0: all")
     parser.add_argument("--top-p", type=above_zero, default=TOP_P, help="draw from codes of this probability in all")
@@ -182,8 +183,12 @@ def main(args: argparse.Namespace):
                     save_scales(Path(args.run, "samples_by_scale.png"), model, levels)
             for i, image in enumerate(images if out else []):
                 to_pil_image(image.cpu()).save(out / f"{i:05d}.png")  # grey images stay grey
-            figures.save_samples(path, rows, title, row_names)
-    say(f"wrote {path}" + (f" and {len(images):,} images in {args.out}" if args.out else ""))
+            drawn = figures.save_samples(path, rows, title, row_names)
+    if args.out:
+        say(f"wrote {len(images):,} images to {args.out}")
+    if not drawn:
+        sys.exit(1)
+    say(f"wrote {path}")
 
 
 def save_scales(path: Path, model: VQVAE, levels: list[Tensor]):

@@ -66,9 +66,9 @@ def views(model: nn.Module, indices: list[Tensor]) -> dict[str, list[Tensor | No
     return {"reconstruction": indices} | alone
 
 
-def save_samples(path: Path, rows: Sequence[Tensor], title: str, names: Sequence[str] = ()):
+def save_samples(path: Path, rows: Sequence[Tensor], title: str, names: Sequence[str] = ()) -> bool:
     """Draw rows of images (n, C, H, W) uint8, as far as the picture stays readable, each with its name."""
-    save_grid(path, [row[:SAMPLES] for row in rows[:SAMPLES]], title, names[:SAMPLES])
+    return save_grid(path, [row[:SAMPLES] for row in rows[:SAMPLES]], title, names[:SAMPLES])
 
 
 def save_codes(path: Path, model: nn.Module, names: list[str], images: list, indices: list, recon: list, title: str):
@@ -128,7 +128,7 @@ def shortened_text(text: str, length: int = 28) -> str:
     return text if len(text) <= length else f"...{text[3 - length :]}"
 
 
-def save_grid(path: Path, rows: list[Tensor], title: str, names: Sequence[str] = ()):
+def save_grid(path: Path, rows: list[Tensor], title: str, names: Sequence[str] = ()) -> bool:
     """Draw rows of images (n, C, H, W), uint8 or in [0, 1], with the name of each row before it if there are names."""
     columns = max(len(row) for row in rows)
     grey = 0.5 if rows[0].is_floating_point() else 128
@@ -147,7 +147,7 @@ def save_grid(path: Path, rows: list[Tensor], title: str, names: Sequence[str] =
     ax.set_yticks(middles[: len(names)], names, parse_math=False)
     ax.tick_params(length=0)
     figure.suptitle(title, y=1 - 0.05 / figure.get_figheight(), va="top", parse_math=False)
-    save_figure(figure, path)
+    return save_figure(figure, path)
 
 
 def save_curves(path: Path, metrics: Path, title: str):
@@ -250,12 +250,14 @@ def save_prior_curves(path: Path, metrics: Path, best_step: int):
     save_figure(figure, path)
 
 
-def save_figure(figure: Figure, path: Path):
-    """Write a picture, or say why not: a run goes on without it."""
+def save_figure(figure: Figure, path: Path) -> bool:
+    """Write a picture, or say why not: a run goes on without it. Return whether it was written."""
     try:
         write_figure(figure, path)
     except OSError as error:
         say(f"cannot write a picture ({error}); going on without it", error=True)
+        return False
+    return True
 
 
 def write_figure(figure: Figure, path: Path):

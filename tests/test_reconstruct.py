@@ -185,6 +185,13 @@ def test_full_size_images_keep_their_pixels(other_run, tmp_path, shape):
     assert made.shape == (3, *shape) and (made / 255 - expected).abs().max() < 0.6 / 255
 
 
+def test_full_size_beyond_the_memory_is_refused(capsys, trained_run, tmp_path, monkeypatch):
+    save(tmp_path / "large.png", shape=(300, 400), mode="L")
+    monkeypatch.setattr("harness.machine.container_limit", lambda: 1_000_000)
+    printed = refusal(capsys, script, f"--run={trained_run}", "--full-size", tmp_path / "large.png")
+    assert "the largest image, of 120,000 pixels, takes" in printed and "leave out --full-size" in printed
+
+
 def test_full_size_images_may_differ_in_size(other_run, tmp_path, capsys):
     """But not in one codes.npz."""
     for i in range(3):

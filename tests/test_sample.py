@@ -176,7 +176,7 @@ def named_run(folder, tmp_path):
     """A run on three class folders with odd names, and its prior."""
     for split in ("train", "test"):
         for i in range(3):
-            save(folder / split / "$x_{$ & <b>" / f"{i}.png")
+            save(folder / split / "$x, {$ & <b>" / f"{i}.png")
     train(tmp_path / "results", f"--dataset={folder}", "--background=#204060", "--steps=2", "--batch-size=4")
     train_prior(tmp_path / "results", "--steps=2", "--save-every=2", "--batch-size=4")
     return tmp_path / "results"
@@ -184,17 +184,19 @@ def named_run(folder, tmp_path):
 
 def test_class_names_go_from_folders_to_samples(named_run, drawn, capsys):
     """Into both checkpoints' files and the rows of the pictures, and they may be typed, mixed with numbers."""
-    names = ["$x_{$ & <b>", "cat", "dog"]
+    names = ["$x, {$ & <b>", "cat", "dog"]
     assert load_checkpoint(named_run)["identity"]["class_names"] == names
     assert read_state(named_run / "codes.pt")[0]["class_names"] == names
     assert (named_run / "samples_000002.png").is_file()
     draw(named_run, "--classes=dog,0,cat", "--num=6")
-    assert list(drawn[0][3]) == ["dog", "$x_{$ & <b>", "cat"]
+    assert list(drawn[0][3]) == ["dog", "$x, {$ & <b>", "cat"]
     expected = sample(*load_run(named_run), num=6, classes=[2, 0, 1])
     assert torch.equal(torch.cat(list(drawn[0][1])), expected)
     draw(named_run)
     assert list(drawn[1][3]) == names
-    assert "there is no class bird; there are $x_{$ & <b>, cat, dog" in refusal(
+    draw(named_run, '--classes="$x, {$ & <b>",cat')
+    assert list(drawn[2][3]) == names[:2]
+    assert "there is no class bird; there are $x, {$ & <b>, cat, dog" in refusal(
         capsys, sample_script, "--run", named_run, "--classes=cat,bird"
     )
 
@@ -248,6 +250,15 @@ def test_completions_belong_to_their_image(generating_run, drawn, monkeypatch, t
     for row, image, made in zip(rows, images, expected):
         assert torch.equal(row[0], image) and len(row) == 9
         assert all((completion.int() - made.int()).abs().max() <= 1 for completion in row[1:])
+
+
+def test_picture_that_fails_is_not_said_to_be_written(generating_run, tmp_path, capsys):
+    (generating_run / "samples.png").mkdir()  # which no file can replace
+    with pytest.raises(SystemExit) as ended:
+        draw(generating_run, "--num=2", f"--out={tmp_path / 'images'}")
+    printed, errors = capsys.readouterr()
+    assert ended.value.code == 1 and errors.startswith("cannot write a picture")
+    assert printed == f"wrote 2 images to {tmp_path / 'images'}\n"
 
 
 def test_number_beyond_the_memory_is_refused(capsys, prior_run):
