@@ -362,6 +362,14 @@ def test_codes_file_gives_the_same_images_back(scales_run, tmp_path, monkeypatch
     assert len(first) == 3 and reconstructed(f"--codes={tmp_path / 'out' / 'codes.npz'}", tmp_path / "again") == first
 
 
+def test_refining_changes_the_finest_scale_alone(scales_run):
+    model, images = load_model(load_checkpoint(scales_run)), list(load_dataset("digits").test_images[:6])
+    (before, first), (after, refined) = (reconstruct.reconstruct(model, images, n) for n in (None, 4))
+    for image, old, new, *maps in zip(images, first, refined, before, after):
+        assert (new - image / 255).square().mean() < (old - image / 255).square().mean()
+        assert [torch.equal(*pair) for pair in zip(*maps)] == [True, True, True, False]
+
+
 def test_images_of_other_sizes_are_refused(scales_run, tmp_path, capsys):
     """And as codes, of which only the last scale could have grown."""
     save(tmp_path / "a.png", (32, 32), "L")
