@@ -3,7 +3,7 @@
 Figures are drawn without a display, through matplotlib's Figure rather than pyplot, so that nothing global is touched.
 """
 
-import csv
+import contextlib
 import io
 import logging
 import warnings
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from harness.cli import say
 from harness.data import chunks, to_pixels
-from harness.storage import whole_file
+from harness.storage import Damaged, read_metrics, whole_file
 
 import numpy as np
 import torch
@@ -28,6 +28,15 @@ logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a home fo
 WIDTH = 1000  # dots that a picture of images takes, more or less
 ROWS = 8  # of originals, and of what was made of them
 SAMPLES = 20  # rows and columns that a picture of samples has at most
+
+
+@contextlib.contextmanager
+def picture_or_reason():
+    """Say why a picture cannot be made: a run goes on without it."""
+    try:
+        yield
+    except (OSError, Damaged) as error:
+        say(f"cannot write a picture ({error}); going on without it", error=True)
 
 
 def images_per_row(width: int) -> int:
@@ -150,10 +159,10 @@ def save_grid(path: Path, rows: list[Tensor], title: str, names: Sequence[str] =
     return save_figure(figure, path)
 
 
+@picture_or_reason()
 def save_curves(path: Path, metrics: Path, title: str):
     """Draw the training graph from metrics.csv: the losses, the test MSE and the codes used, of each level."""
-    with open(metrics, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = [row for _, row in read_metrics(metrics)]
 
     figure = Figure(figsize=(13, 3.8), dpi=110)
     losses, test, codes = figure.subplots(1, 3)
@@ -186,7 +195,7 @@ def save_curves(path: Path, metrics: Path, title: str):
 def plot_columns(ax: Axes, rows: list[dict], kind: str, **style):
     """Plot every column whose name starts with `kind`, at the steps at which it has a value."""
     for name in (name for name in rows[0] if name.startswith(kind)):
-        points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
+        points = [(row["step"], row[name]) for row in rows if row[name] is not None]
         ax.plot(*zip(*points), **{"label": name.replace("_", " "), **style})
 
 
@@ -235,10 +244,10 @@ def draw_codebook(plane: Axes, histogram: Axes, name: str, codebook: Tensor, cou
     histogram.legend()
 
 
+@picture_or_reason()
 def save_prior_curves(path: Path, metrics: Path, best_step: int):
     """Draw the training graph of a prior from prior_metrics.csv."""
-    with open(metrics, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = [row for _, row in read_metrics(metrics)]
     figure = Figure(figsize=(7, 4), dpi=110, layout="constrained")
     ax = figure.subplots()
     plot_columns(ax, rows, "train_nats", label="training images (mean since the last line)")
@@ -252,12 +261,10 @@ def save_prior_curves(path: Path, metrics: Path, best_step: int):
 
 def save_figure(figure: Figure, path: Path) -> bool:
     """Write a picture, or say why not: a run goes on without it. Return whether it was written."""
-    try:
+    with picture_or_reason():
         write_figure(figure, path)
-    except OSError as error:
-        say(f"cannot write a picture ({error}); going on without it", error=True)
-        return False
-    return True
+        return True
+    return False
 
 
 def write_figure(figure: Figure, path: Path):

@@ -97,17 +97,29 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def join_ranks(device: torch.device) -> int:
-    """Join the other processes if torchrun started this one; return this one's rank."""
+def join_ranks(device: torch.device) -> tuple[int, str]:
+    """Join the other processes if torchrun started this one.
+
+    Returns:
+        this process's rank, and a name for all that this torchrun starts, also after a restart; "" without torchrun.
+    """
     if not dist.is_torchelastic_launched():
-        return 0
+        return 0, ""
     store, rank, ranks = next(dist.rendezvous("env://"))
+    job = job_name(store, rank)
     backend = "nccl" if device.type == "cuda" else "gloo"
     patience = datetime.timedelta(hours=2)  # rank 0 may have a million images to decode
     store = fresh_store(store, rank, ranks)
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=patience)
     atexit.register(leave_ranks)
-    return rank
+    return rank, job
+
+
+def job_name(store: dist.Store, rank: int) -> str:
+    """Return a name that torchrun's store gives to all processes it serves, before and after a restart."""
+    if rank == 0 and not store.check(["job"]):
+        store.set("job", uuid.uuid4().hex)
+    return store.get("job").decode()  # waits for rank 0
 
 
 def fresh_store(store: dist.Store, rank: int, ranks: int) -> dist.Store:

@@ -132,6 +132,8 @@ class Means:
     def add(self, share: float, **values: Tensor):
         """Add a step's values; `share` is this rank's share of the batch."""
         self.steps += 1
+        if self.sums and {k: v.shape for k, v in values.items()} != {k: v.shape for k, v in self.sums.items()}:
+            raise storage.Damaged("the checkpoint's means are not those of this run; start anew with --fresh")
         for name, value in values.items():
             value = value.detach() * share
             self.sums[name] = self.sums[name].to(value.device) + value if name in self.sums else value
@@ -187,7 +189,7 @@ class Run:
         storage.refuse_weights_only(folder)
         self.folder = storage.writable_folder(folder)
         self.device, args.precision = pick_device(args.device, args.precision, args.compile)
-        self.rank, self.world_size = join_ranks(self.device), world_size()
+        (self.rank, self.job), self.world_size = join_ranks(self.device), world_size()
         for option, value in self.typed.items():
             check_equal_on_ranks(value, flag_of(option))
         self.lock = storage.lock_folder(self.folder) if self.rank == 0 else None
@@ -208,6 +210,10 @@ class Run:
             self.typed |= typed
             return checkpoint, ""
         if self.args.fresh:
+            with contextlib.suppress(ValueError):
+                checkpoint = storage.load_checkpoint(self.folder, self.name)
+                if self.job and checkpoint.get("job") == self.job:  # begun anew, then restarted by torchrun
+                    return checkpoint, ""
             return None, "--fresh"
         if not storage.checkpoint_path(self.folder, self.name).exists():
             return None, ""
@@ -307,6 +313,8 @@ class Run:
                 path = storage.checkpoint_path(self.folder, self.name)
                 reason = " ".join(str(error).split())[:200]
                 raise ValueError(f"{path} does not fit this version ({reason}); start anew with --fresh") from error
+            if self.rank == 0:  # what came after the checkpoint will be done again
+                storage.trim_metrics(self.folder / METRICS[self.name], self.logged)
         self.checkpoint = None
 
     def parallel(self, model: nn.Module) -> Callable:
@@ -384,6 +392,7 @@ class Run:
             "args": vars(self.args),
             "typed": self.typed,
             "code": self.code,
+            "job": self.job,
             "identity": self.identity,
         }
         state |= {"progress": progress, "random": random_state(self.device)}
@@ -456,16 +465,15 @@ class Run:
         return signum
 
     def __enter__(self):
-        """Trim the metrics to the checkpoint, since what came after it will be done again; start the clock."""
-        if self.rank == 0:
-            storage.trim_metrics(self.folder / METRICS[self.name], self.logged)
+        """Start the clock, and open what shows the steps."""
         self._first, self._began = self.step, time.perf_counter() - self.seconds
         hidden = self.rank > 0 or not (sys.stderr.isatty() and sys.stdout.isatty())
         bar = tqdm(total=self.args.steps, initial=self.step, disable=hidden, dynamic_ncols=True)
         self.writer = None
         if self.rank == 0 and self.args.tensorboard:  # rows after the checkpoint will come again
             folder = self.folder / TENSORBOARD[self.name]
-            self.writer = self._open.enter_context(summary_writer()(folder, purge_step=self.logged + 1))
+            with user_errors():
+                self.writer = self._open.enter_context(summary_writer()(folder, purge_step=self.logged + 1))
         self.bar, self._spoke = self._open.enter_context(contextlib.closing(bar)), False
         return self
 
@@ -476,6 +484,8 @@ class Run:
             self.lock.release(force=True)
         if reason := self._reason(error):
             message = f"{reason[0]} after step {self.step}: {reason[1]}"
+            if isinstance(error, storage.Damaged):  # and names its own remedy
+                fail(message, code=1)
             with contextlib.suppress(ValueError, OSError):
                 saved = storage.load_checkpoint(self.folder, self.name)["progress"]["step"]
                 command = self._command_to_go_on(diverged=isinstance(error, FloatingPointError))
@@ -487,7 +497,7 @@ class Run:
         text = " ".join(str(error).split())
         if isinstance(error, FloatingPointError):
             return "diverged", text
-        if isinstance(error, OSError):
+        if isinstance(error, OSError | storage.Damaged):
             return "cannot go on", text
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
             return "out of memory", "make --batch-size or the model smaller"

@@ -193,7 +193,7 @@ def fits(value, kind) -> bool:
 
 
 def is_count(value) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < 2**63
 
 
 def is_shape(value) -> bool:
@@ -208,13 +208,20 @@ def is_plain(value) -> bool:
     return isinstance(value, dict) and all(isinstance(v, str | int | float | None) for v in value.values())
 
 
-def is_sums(value) -> bool:
+def is_tensors(value) -> bool:
     return isinstance(value, dict) and all(map(torch.is_tensor, value.values()))
 
 
+def is_sums(value) -> bool:
+    """Return whether these are sums of losses, which are numbers, and counts, which are vectors."""
+    return is_tensors(value) and all(
+        v.is_floating_point() and v.ndim == name.startswith("counts") for name, v in value.items()
+    )
+
+
 PROGRESS = {"step": is_count, "logged": is_count, "seconds": float, "reports": bool}
-CONTENTS = {"name": str, "code": str, "args": is_plain, "typed": is_plain, "progress": PROGRESS, "model": is_sums}
-CONTENTS |= {"means": {"steps": is_count, "sums": is_sums}, "random": is_sums}
+CONTENTS = {"name": str, "code": str, "args": is_plain, "typed": is_plain, "progress": PROGRESS, "model": is_tensors}
+CONTENTS |= {"means": {"steps": is_count, "sums": is_sums}, "random": is_tensors}
 OF_KIND = {
     CHECKPOINT: {
         "args": {"steps": is_count, "dataset": str},
@@ -223,7 +230,7 @@ OF_KIND = {
     PRIOR: {
         "args": {"steps": is_count},
         "identity": {"vqvae": str, "vqvae_step": is_count, "shape": {"codebook_size": is_count, "classes": is_count}},
-        "best": {"held_out_nats": float, "step": is_count, "model": is_sums},
+        "best": {"held_out_nats": float, "step": is_count, "model": is_tensors},
     },
 }
 
@@ -412,14 +419,34 @@ def append_row(path: Path, row: Sequence):
         csv.writer(file, lineterminator="\n").writerow(row)
 
 
+def read_metrics(path: Path) -> list[tuple[str, dict]]:
+    """Return the whole lines of a metrics file, each with its values by column; None where there is none.
+
+    Raises:
+        Damaged: a step, or what was measured, is no number.
+    """
+    head, *lines = path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+    names, rows = head.split(","), []
+    for i, line in enumerate(lines, 2):
+        try:
+            values = dict(zip(names, next(csv.reader([line])), strict=True))
+        except (ValueError, csv.Error):  # it was cut short
+            continue
+        try:
+            row = {name: (float(v) if v else None) if name != "dataset" else v for name, v in values.items()}
+            rows.append((line, row | {"step": int(values["step"])}))
+        except (ValueError, KeyError):
+            remedy = "mend the line, or move the file away"
+            raise Damaged(f"{path}, line {i}, is not as this project writes it ({line[:80]}); {remedy}") from None
+    return rows
+
+
 def trim_metrics(path: Path, step: int):
     """Keep the whole lines of a metrics file up to a step: those after it will be written again."""
     if not path.is_file():
         return
-    head, *lines = path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
-    whole = [(line, row) for line, row in zip(lines, csv.reader(lines)) if len(row) == len(head.split(","))]
-    kept = [line for line, row in whole if row[0].isdecimal() and int(row[0]) <= step]
+    kept = [(line, row) for line, row in read_metrics(path) if row["step"] <= step]
     if kept:
-        write_whole(path, "\n".join([head, *kept, ""]))
+        write_whole(path, "\n".join([",".join(kept[0][1]), *(line for line, _ in kept), ""]))
     else:
         path.unlink()

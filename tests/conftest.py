@@ -1,9 +1,11 @@
+import contextlib
 import csv
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import zlib
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from harness.run import Run
 from harness.storage import load_checkpoint
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -84,12 +87,55 @@ def stop_at(in_step):
     return train_and_stop
 
 
+LIMIT = 240  # seconds; pytest itself ends a test that takes 300, and would leave its processes running
+
+
+def environment(**variables):
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])} | variables
+
+
+def ended(command, **options):
+    """Run a command to its end, which comes in time."""
+    streams = {} if "stdout" in options else {"capture_output": True}
+    options = {"text": True, "timeout": LIMIT, "cwd": ROOT, "env": environment(), **streams} | options
+    return subprocess.run(list(map(str, command)), **options)
+
+
+@contextlib.contextmanager
+def started(command, seconds=LIMIT, **options):
+    """Start a command, and kill it and its children at the end of the block or after some seconds.
+
+    Its output then ends, so that nobody waits for more of it without limit.
+    """
+    options = {"stdout": subprocess.PIPE, "text": True, "cwd": ROOT, "env": environment()} | options
+    with subprocess.Popen(list(map(str, command)), **options) as process, killed_after(process, seconds):
+        try:
+            yield process
+        finally:
+            kill(process)
+
+
+@contextlib.contextmanager
+def killed_after(process, seconds):
+    timer = threading.Timer(seconds, kill, [process])
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def kill(process):
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.kill()
+    process.kill()
+
+
 def program(name, *words, **options):
     """Run a script, or a program of tests/programs, in a process of its own."""
     path = ROOT / name if (ROOT / name).exists() else PROGRAMS / name
-    command = [sys.executable, path, *map(str, words)]
-    options = {"capture_output": True, "text": True, "timeout": 600} | options
-    return subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, **options)
+    return ended([sys.executable, path, *words], **options)
 
 
 def refusal(capsys, script, *flags):
@@ -109,7 +155,7 @@ def rows(folder):
 def same_state(a, b):
     """Return whether two nested states are equal to the bit, seconds and folders aside."""
     if isinstance(a, dict):
-        differing = ("seconds", "args", "typed", "digest", "path")  # the file's digest covers the seconds and the flags
+        differing = ("seconds", "args", "typed", "job", "digest", "path")  # the digest covers the others
         return a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a if k not in differing)
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same_state, a, b))

@@ -3,9 +3,6 @@
 import argparse
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 import time
 
 from machine import ROOT, median_seconds
@@ -16,7 +13,7 @@ import machine_limit
 import numpy as np
 import pytest
 import torch
-from conftest import PROGRAMS
+from conftest import environment, program
 from generation import distance_within, frechet
 from machine_limit import convolution, flops_of_a_step
 from quantizer_speed import Textbook, differing
@@ -29,26 +26,22 @@ from quantizer import VectorQuantizer
 
 def run(name, **variables):
     """Return what a program of tests/programs prints."""
-    environment = os.environ | variables | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])}
-    return subprocess.run([sys.executable, PROGRAMS / name], env=environment, stdout=subprocess.PIPE, check=True).stdout
+    return program(name, env=environment(**variables), check=True).stdout
 
 
 def test_every_script_starts_by_itself(tmp_path):
     """From another folder, where Python finds the repository's modules only if the script says where they are."""
     scripts = [path for path in ROOT.glob("benchmarks/*.py") if "argparse.ArgumentParser" in path.read_text()]
     scripts = [*scripts, ROOT / "pretrained" / "export.py"]
-    command = [sys.executable, PROGRAMS / "help_of_scripts.py", *scripts]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    done = program("help_of_scripts.py", *scripts, cwd=tmp_path, env=environment(PYTHONPATH=""))
     assert len(scripts) > 10 and done.stderr.split() == [str(path) for path in scripts], done.stderr
 
 
 @pytest.mark.slow
 def test_all_measurements_on_a_gpu_run_through(tmp_path):
     """In small, and here on a processor; what fails is in the table, and the rest is still measured."""
-    command = [sys.executable, ROOT / "benchmarks" / "on_gpu.py", "--tiny", f"--out={tmp_path / 'gpu.json'}"]
-    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "--peers=missing"], env=hidden, stdout=subprocess.PIPE, text=True, timeout=250)
+    hidden = environment(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+    done = program("benchmarks/on_gpu.py", "--tiny", f"--out={tmp_path / 'gpu.json'}", "--peers=missing", env=hidden)
     measured = json.loads((tmp_path / "gpu.json").read_text())["measured"]
     failed = [label for label in measured if label.endswith("FAILED")]
     assert done.returncode == 1 and failed == ["peers FAILED"], measured

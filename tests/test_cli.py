@@ -12,7 +12,7 @@ from harness.cli import command, number, say, shortened, user_errors
 from harness.storage import load_checkpoint
 
 import pytest
-from conftest import ROOT, SMALL, refusal
+from conftest import ROOT, SMALL, ended, refusal, started
 
 import evaluate
 import reconstruct
@@ -103,18 +103,18 @@ FILES |= {"recon_000005.png", "recon_000010.png"}
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs the device that is always full")
 def test_full_output_does_not_stop_a_run(tmp_path):
     with open("/dev/full", "w") as full:
-        done = subprocess.run([*RUN, f"--out-dir={tmp_path}"], stdout=full, stderr=full, cwd=ROOT)
+        done = ended([*RUN, f"--out-dir={tmp_path}"], stdout=full, stderr=full)
     assert done.returncode == 0 and load_checkpoint(tmp_path)["progress"]["step"] == 10
     assert {path.name for path in tmp_path.iterdir()} >= FILES
 
 
 def test_closed_pipe_does_not_stop_a_run(tmp_path):
     """As of `python train.py | head -1`."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([*RUN, f"--out-dir={tmp_path}"], cwd=ROOT, **pipes) as process:
+    with started([*RUN, f"--out-dir={tmp_path}"], stderr=subprocess.PIPE) as process:
         assert process.stdout.readline().startswith("training on 1,500 images")
         process.stdout.close()
         printed = process.stderr.read()
+        process.wait(60)
     assert process.returncode == 0 and not printed
     assert {path.name for path in tmp_path.iterdir()} >= FILES
 
@@ -123,7 +123,7 @@ def test_closed_pipe_does_not_stop_a_run(tmp_path):
 @pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-"])
 def test_closed_streams_do_not_stop_a_run(tmp_path, closed):
     command = shlex.join(map(str, [*RUN, f"--out-dir={tmp_path}"]))
-    done = subprocess.run(["sh", "-c", f"{command} {closed}"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = ended(["sh", "-c", f"{command} {closed}"])
     assert done.returncode == 0, done
     assert {path.name for path in tmp_path.iterdir()} >= FILES
 

@@ -4,7 +4,6 @@ import base64
 import contextlib
 import io
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, train
+from conftest import ROOT, environment, started, train
 from PIL import Image
 
 import demo
@@ -302,10 +301,9 @@ def server(prior_run, chromium, tmp_path_factory):
     if demo.gr is None:
         pytest.skip("no browser test: gradio is not installed")
     uploads = tmp_path_factory.mktemp("uploads")
-    command = [sys.executable, str(ROOT / "demo.py"), f"--run={prior_run}"]
-    environment = os.environ | {"TMPDIR": str(uploads), "CUDA_VISIBLE_DEVICES": ""}
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=environment, **streams) as process:
+    command = [sys.executable, ROOT / "demo.py", f"--run={prior_run}"]
+    variables = environment(TMPDIR=str(uploads), CUDA_VISIBLE_DEVICES="")
+    with started(command, seconds=600, stderr=subprocess.PIPE, env=variables) as process:  # of all tests below
         line = process.stdout.readline()
         assert line.startswith("open http://127.0.0.1:"), line
         yield line.split()[1], uploads

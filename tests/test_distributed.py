@@ -1,5 +1,6 @@
 """Several processes over gloo: the codebook is one, the run is that of one process, and a death is no hang."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -15,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import ROOT, SMALL, rows, train
+from conftest import ROOT, SMALL, ended, environment, rows, started, train
 
 from quantizer import VectorQuantizer
 
@@ -78,18 +79,13 @@ def test_codebook_is_that_of_the_joint_batch(tmp_path, ranks):
 
 def torchrun(*flags, nproc=2, inside=(), interface=None):
     elastic = [*inside, sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={nproc}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    if interface:
-        environment["GLOO_SOCKET_IFNAME"] = interface
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([*elastic, *map(str, flags)], cwd=ROOT, env=environment, **pipes)
+    variables = {"GLOO_SOCKET_IFNAME": interface} if interface else {}
+    options = {"stderr": subprocess.STDOUT, "env": environment(OMP_NUM_THREADS="1", **variables)}
+    return started([*elastic, *flags], **options)
 
 
 def finish(process, seconds=120):
-    try:
-        printed, _ = process.communicate(timeout=seconds)
-    finally:
-        process.terminate()  # or what hangs takes its processors from the other tests
+    printed, _ = process.communicate(timeout=seconds)
     return process.returncode, printed
 
 
@@ -105,15 +101,17 @@ def losses(folder):
 def test_torchrun_matches_one_process(tmp_path, way):
     """Up to rounding; and its checkpoint goes on with other numbers of processes."""
     one, three = tmp_path / "one", tmp_path / "three"
-    subprocess.run([sys.executable, *RUN, way, f"--out-dir={one}"], cwd=ROOT, check=True, capture_output=True)
-    code, printed = finish(torchrun("--standalone", *RUN, way, f"--out-dir={three}", nproc=3))  # 16 images: 6, 5, 5
+    ended([sys.executable, *RUN, way, f"--out-dir={one}"], check=True)
+    with torchrun("--standalone", *RUN, way, f"--out-dir={three}", nproc=3) as process:  # 16 images: 6, 5, 5
+        code, printed = finish(process)
     assert code == 0, printed
     for a, b in zip(losses(three), losses(one), strict=True):
         assert a == pytest.approx(b, rel=1e-3)
     assert load_checkpoint(three)["model"].keys() == load_checkpoint(one)["model"].keys()
     for ranks, steps in ((2, 24), (1, 28)):
         resume = ["train.py", f"--resume={three}", f"--steps={steps}"]
-        code, printed = finish(torchrun("--standalone", *resume, nproc=ranks))
+        with torchrun("--standalone", *resume, nproc=ranks) as process:
+            code, printed = finish(process)
         assert code == 0, printed
         assert load_checkpoint(three)["progress"]["step"] == steps
     assert [int(row["step"]) for row in rows(three)] == [5, 10, 15, 20, 24, 25, 28]
@@ -123,9 +121,10 @@ def test_torchrun_matches_one_process(tmp_path, way):
 @pytest.mark.parametrize("limit", [1, 0])
 def test_ranks_share_a_folder_of_images(folder, tmp_path, limit):
     flags = [*RUN, f"--dataset={folder}", f"--memory-limit={limit}", "--steps=6", "--save-every=6"]
-    code, printed = finish(torchrun("--standalone", *flags, f"--out-dir={tmp_path / 'two'}"))
+    with torchrun("--standalone", *flags, f"--out-dir={tmp_path / 'two'}") as process:
+        code, printed = finish(process)
     assert code == 0, printed
-    subprocess.run([sys.executable, *flags, f"--out-dir={tmp_path / 'one'}"], cwd=ROOT, check=True, capture_output=True)
+    ended([sys.executable, *flags, f"--out-dir={tmp_path / 'one'}"], check=True)
     for a, b in zip(losses(tmp_path / "two"), losses(tmp_path / "one"), strict=True):
         assert a == pytest.approx(b, rel=1e-3)
     assert (tmp_path / "two" / "images.pt").is_file()
@@ -133,8 +132,7 @@ def test_ranks_share_a_folder_of_images(folder, tmp_path, limit):
 
 def workers(agent):
     """Wait for the agent's two processes and return their ids, rank 0 first."""
-    found = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True).stdout.split()
-    return [int(pid) for pid in found]
+    return [int(pid) for pid in ended(["pgrep", "-P", agent.pid]).stdout.split()]
 
 
 def kill_one_rank(process, folder):
@@ -154,35 +152,34 @@ def test_killed_rank_ends_or_restarts_the_job(tmp_path):
     """It ends in bounded time, and the same command goes on; with --max-restarts torchrun itself does that."""
     long = [*RUN, "--steps=1500", "--save-every=5", "--log-every=1"]
     folder = tmp_path / "ended"
-    process = torchrun("--standalone", *long, f"--out-dir={folder}")
-    kill_one_rank(process, folder)
-    code, _ = finish(process, seconds=60)
+    with torchrun("--standalone", *long, f"--out-dir={folder}") as process:
+        kill_one_rank(process, folder)
+        code, _ = finish(process, seconds=60)
     step = load_checkpoint(folder)["progress"]["step"]
     assert code != 0 and not (folder / "summary.json").exists()
-    process = torchrun("--standalone", *long, f"--out-dir={folder}")  # the same command
-    printed = next(line for line in process.stdout if "training on" in line)
-    process.send_signal(signal.SIGTERM)
-    finish(process, seconds=60)
+    with torchrun("--standalone", *long, f"--out-dir={folder}") as process:  # the same command
+        printed = next(line for line in process.stdout if "training on" in line)
+        process.send_signal(signal.SIGTERM)
+        finish(process, seconds=60)
     assert f"2 processes, going on from step {step}" in printed
     assert [int(row["step"]) for row in rows(folder)] == list(range(1, len(rows(folder)) + 1))
 
     folder = tmp_path / "restarted"
-    restarting = [*RUN, "--steps=60", "--save-every=5", "--log-every=1"]
-    process = torchrun("--standalone", "--max-restarts=1", *restarting, f"--out-dir={folder}")
-    kill_one_rank(process, folder)
-    code, printed = finish(process)
+    restarting = [*RUN, "--steps=60", "--save-every=5", "--log-every=1", "--fresh"]  # anew once, not at each restart
+    with torchrun("--standalone", "--max-restarts=1", *restarting, f"--out-dir={folder}") as process:
+        kill_one_rank(process, folder)
+        code, printed = finish(process)
     assert code == 0, printed
     assert [int(row["step"]) for row in rows(folder)] == list(range(1, 61))  # nothing lost, nothing twice
     assert not [path for path in folder.iterdir() if path.is_dir()]  # and no new run begun
 
 
 def test_sigterm_to_the_agent_stops_all_ranks(tmp_path):
-    process = torchrun(
-        "--standalone", *RUN, "--steps=5000", "--save-every=5000", "--log-every=1", f"--out-dir={tmp_path}"
-    )
-    wait_for_metrics(process, tmp_path)
-    process.send_signal(signal.SIGTERM)
-    code, printed = finish(process, seconds=60)
+    flags = ["--steps=5000", "--save-every=5000", "--log-every=1", f"--out-dir={tmp_path}"]
+    with torchrun("--standalone", *RUN, *flags) as process:
+        wait_for_metrics(process, tmp_path)
+        process.send_signal(signal.SIGTERM)
+        code, printed = finish(process, seconds=60)
     step = load_checkpoint(tmp_path)["progress"]["step"]
     assert code != 0 and step >= 3 and f"stopped at step {step}" in printed
 
@@ -192,14 +189,14 @@ def test_sigterm_to_the_agent_stops_all_ranks(tmp_path):
 def test_ranks_end_when_their_agent_is_killed(tmp_path):
     """Nobody is left to stop them: they save and end by themselves, and unlock the folder."""
     run = [*RUN, "--steps=5000", "--save-every=5000", "--log-every=1", f"--out-dir={tmp_path}"]
-    agent = torchrun("--standalone", *run)
-    wait_for_metrics(agent, tmp_path)
-    ranks = workers(agent)
-    agent.kill()
-    gone, alive = psutil.wait_procs([psutil.Process(pid) for pid in ranks if psutil.pid_exists(pid)], timeout=60)
-    for process in alive:
-        process.kill()
-    agent.communicate()
+    with torchrun("--standalone", *run) as agent:
+        wait_for_metrics(agent, tmp_path)
+        ranks = workers(agent)
+        agent.kill()
+        gone, alive = psutil.wait_procs([psutil.Process(pid) for pid in ranks if psutil.pid_exists(pid)], timeout=60)
+        for process in alive:
+            process.kill()
+        agent.communicate(timeout=60)
     step = load_checkpoint(tmp_path)["progress"]["step"]
     assert not alive and step >= 3
     assert len(rows(tmp_path)) == step
@@ -212,24 +209,21 @@ def nodes():
     Returns, for each: what to put before a command to run it there, the address, and the network interface.
     """
     names = f"vqa{os.getpid()}", f"vqb{os.getpid()}"
-    made = [
-        shutil.which("ip") and subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode == 0
-        for name in names
-    ]
+    made = [shutil.which("ip") and ended(["ip", "netns", "add", name]).returncode == 0 for name in names]
     if all(made):
         a, b = names
         cable = ["ip", "link", "add", "veth0", "netns", a, "type", "veth", "peer", "name", "veth0", "netns", b]
-        subprocess.run(cable, check=True)
+        ended(cable, check=True)
         there = [(["ip", "netns", "exec", a], "10.77.0.1", "veth0"), (["ip", "netns", "exec", b], "10.77.0.2", "veth0")]
         for inside, address, interface in there:
-            subprocess.run([*inside, "ip", "address", "add", f"{address}/24", "dev", interface], check=True)
+            ended([*inside, "ip", "address", "add", f"{address}/24", "dev", interface], check=True)
             for device in ("lo", interface):
-                subprocess.run([*inside, "ip", "link", "set", device, "up"], check=True)
+                ended([*inside, "ip", "link", "set", device, "up"], check=True)
         yield there
     else:
         yield [([], "127.0.0.1", "lo"), ([], "127.0.0.2", "lo")]
     for name in (name for name, known in zip(names, made) if known):
-        subprocess.run(["ip", "netns", "delete", name], check=True)
+        ended(["ip", "netns", "delete", name], check=True)
 
 
 @pytest.mark.slow
@@ -243,17 +237,15 @@ def test_two_nodes_train_together_and_restart_together(nodes, tmp_path):
         # What machines find out from their names, which these two do not have.
         own = [f"--local-addr={address}", f"--rdzv-conf=is_host={int(i == 0)}", "--max-restarts=3"]
         agents.append(torchrun(*meet, *own, *run, nproc=1, inside=inside, interface=interface))
-    try:
-        kill_one_rank(agents[1], tmp_path)
-        ended = [finish(agent) for agent in agents]
-    finally:
-        for agent in agents:
-            agent.kill()
-    assert [code for code, _ in ended] == [0, 0], ended
-    assert sum(printed.count(", 2 processes") for _, printed in ended) == 2
+    with agents[0] as first, agents[1] as second:
+        kill_one_rank(second, tmp_path)
+        ends = [finish(agent) for agent in (first, second)]
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert sum(printed.count(", 2 processes") for _, printed in ends) == 2
     assert [int(row["step"]) for row in rows(tmp_path)] == list(range(1, 61))  # nothing lost, nothing twice
 
 
+@contextlib.contextmanager
 def start_ranks(*flags, folders=(ROOT, ROOT)):
     """Start train.py in two processes as torchrun would, whose own lines then are not among theirs."""
     with socket.socket() as free:
@@ -261,23 +253,20 @@ def start_ranks(*flags, folders=(ROOT, ROOT)):
         port = free.getsockname()[1]
     job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1"}
     job |= {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": "0", "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    command = [sys.executable, ROOT / "train.py", *map(str, flags)]
-    ranks = []
-    for rank, folder in enumerate(folders):
-        environment = os.environ | job | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        ranks.append(subprocess.Popen(command, cwd=folder, env=environment, **pipes))
-    return ranks
+    command = [sys.executable, ROOT / "train.py", *flags]
+    with contextlib.ExitStack() as stack:
+        ranks = []
+        for rank, folder in enumerate(folders):
+            variables = environment(**job, RANK=str(rank), LOCAL_RANK=str(rank))
+            process = started(command, cwd=folder, env=variables, stderr=subprocess.PIPE)
+            ranks.append(stack.enter_context(process))
+        yield ranks
 
 
 def end_of(ranks, seconds=60):
-    """Return the exit code, output and errors of each; none outlives the test."""
-    try:
-        ended = [rank.communicate(timeout=seconds) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    return [(rank.returncode, *printed) for rank, printed in zip(ranks, ended)]
+    """Return the exit code, output and errors of each."""
+    printed = [rank.communicate(timeout=seconds) for rank in ranks]
+    return [(rank.returncode, *streams) for rank, streams in zip(ranks, printed)]
 
 
 def first_gradients(folder):
@@ -290,8 +279,9 @@ def first_gradients(folder):
 def test_unequal_shares_give_the_whole_gradient(tmp_path):
     """A batch of 3 on 2 processes, 2 and 1."""
     flags = [*SMALL, "--precision=float32", "--steps=1", "--batch-size=3", "--no-kmeans-start", "--revive-below=0"]
-    for code, _, errors in end_of(start_ranks(*flags, f"--out-dir={tmp_path / 'two'}")):
-        assert code == 0, errors
+    with start_ranks(*flags, f"--out-dir={tmp_path / 'two'}") as ranks:
+        for code, _, errors in end_of(ranks):
+            assert code == 0, errors
     train(tmp_path / "one", *flags)
     one, two = (first_gradients(tmp_path / name) for name in ("one", "two"))
     assert len(one) == len(two) > 10
@@ -306,17 +296,18 @@ def test_ranks_with_other_images_refuse_to_start(folder, tmp_path):
         shutil.copytree(folder, tmp_path / name / "photos")
     shutil.copy(tmp_path / "b/photos/train/cat/0.png", tmp_path / "b/photos/train/cat/1.png")
     flags = [*SMALL, "--dataset=photos", f"--out-dir={tmp_path / 'run'}", "--steps=5"]
-    for code, _, errors in end_of(start_ranks(*flags, folders=(tmp_path / "a", tmp_path / "b"))):
-        assert code == 2 and errors.count("\n") == 1 and "the processes differ in images: " in errors, errors
+    with start_ranks(*flags, folders=(tmp_path / "a", tmp_path / "b")) as ranks:
+        for code, _, errors in end_of(ranks):
+            assert code == 2 and errors.count("\n") == 1 and "the processes differ in images: " in errors, errors
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
 def test_rank_that_lost_another_ends_by_one_line(tmp_path):
     flags = [*SMALL, f"--out-dir={tmp_path}", "--steps=9000", "--save-every=5", "--log-every=5"]
-    ranks = start_ranks(*flags)
-    wait_for_metrics(ranks[0], tmp_path)
-    ranks[1].kill()
-    (code, _, errors), _ = end_of(ranks)
+    with start_ranks(*flags) as ranks:
+        wait_for_metrics(ranks[0], tmp_path)
+        ranks[1].kill()
+        (code, _, errors), _ = end_of(ranks)
     assert code == 1 and errors.count("\n") == 1, errors
     assert "another process of this run has ended; the checkpoint of step" in errors
     assert load_checkpoint(tmp_path)["progress"]["step"] >= 10

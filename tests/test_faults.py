@@ -1,7 +1,6 @@
 """Each test makes the fault: kills and full disks. What a run has saved must survive it, and going on is exact."""
 
 import json
-import os
 import random
 import resource
 import shutil
@@ -13,10 +12,9 @@ import time
 from harness.storage import load_checkpoint
 
 import pytest
-from conftest import PROGRAMS, ROOT, SMALL, TINY, rows, same_run, same_state, train
+from conftest import LIMIT, PROGRAMS, ROOT, SMALL, TINY, ended, killed_after, rows, same_run, same_state, started, train
 
 SHORT = [*SMALL, "--steps=20", "--save-every=7", "--log-every=3"]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture(scope="module")
@@ -25,16 +23,16 @@ def forker():
 
     The child dies or gets a signal where the keywords say, which tests/programs/forker.py explains.
     """
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     command = [sys.executable, PROGRAMS / "forker.py"]
-    with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, **pipes) as process:
+    with started(command, seconds=3600, stdin=subprocess.PIPE) as process:  # of all tests below
 
         def run(folder, flags=SHORT, script="train", **fate):
             option = "--out-dir" if script == "train" else "--run"
             command = [script, f"{option}={folder}", *flags]
             process.stdin.write(json.dumps({"command": command, **fate}) + "\n")
             process.stdin.flush()
-            return int(process.stdout.readline())
+            with killed_after(process, LIMIT):
+                return int(process.stdout.readline())
 
         yield run
 
@@ -159,7 +157,7 @@ def test_second_sigterm_does_not_cut_the_save(forker, tmp_path):
 def test_second_ctrl_c_stops_at_once(tmp_path):
     """The step that the first one waits for takes a minute here; the last checkpoint is whole."""
     run = [sys.executable, PROGRAMS / "slow_step.py", f"--out-dir={tmp_path}", *SHORT]
-    with subprocess.Popen(run, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=ENVIRONMENT) as process:
+    with started(run) as process:
         for word in ("slow\n", "caught\n"):
             assert word in process.stdout  # reads until it comes
             process.send_signal(signal.SIGINT)
@@ -182,14 +180,14 @@ def test_full_disk_ends_the_run_whole(trained_run):
 
     before = (trained_run / "checkpoint.pt").read_bytes()
     run = command("--resume", trained_run, "--steps", 40)
-    done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, preexec_fn=small_files)
+    done = ended(run, preexec_fn=small_files)
     *pictures, error = done.stderr.splitlines()  # pictures that fail do not stop a run
     assert done.returncode == 1 and all(line.startswith("cannot write a picture") for line in pictures), done.stderr
     assert "cannot go on after step 40" in error and "File too large" in error
     remedy = f"to go on: {sys.executable} train.py --resume {trained_run}"
     assert f"the checkpoint of step 30 is whole, {remedy}" in error
     assert (trained_run / "checkpoint.pt").read_bytes() == before
-    assert subprocess.run(run, capture_output=True, cwd=ROOT).returncode == 0
+    assert ended(run).returncode == 0
 
 
 def test_disk_too_full_for_a_checkpoint_ends_likewise(tmp_path):
@@ -202,7 +200,7 @@ def test_disk_too_full_for_a_checkpoint_ends_likewise(tmp_path):
     files = {path.name for path in tmp_path.iterdir()}
     before = (tmp_path / "checkpoint.pt").read_bytes()
     run = command("--resume", tmp_path, "--steps", 10)
-    done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, preexec_fn=small_files)
+    done = ended(run, preexec_fn=small_files)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     assert "cannot go on after step 10" in done.stderr and "the checkpoint of step 5 is whole" in done.stderr
     assert (tmp_path / "checkpoint.pt").read_bytes() == before

@@ -74,7 +74,9 @@ OF_TRAINING = [
     ("optimizer state 1 exp_avg", torch.zeros(3, 3)), ("optimizer state 1 exp_avg", torch.tensor(1.0)),
     ("optimizer state 1 exp_avg_sq", MISSING), ("optimizer state 1 step", torch.zeros(0)),
     ("optimizer state 1 step", None), ("optimizer param_groups", []), ("optimizer param_groups 0", {}),
-    ("means", MISSING), ("means sums", {"recon_loss": -1}), ("random", {}), ("random cpu", torch.zeros(3)),
+    ("means", MISSING), ("means sums", {"recon_loss": -1}), ("means steps", 10**30),
+    ("means sums", {"recon_loss": torch.zeros(2)}), ("means sums", {"recon_loss": torch.tensor(1)}),
+    ("means sums", {"counts": torch.tensor(1.0)}), ("random", {}), ("random cpu", torch.zeros(3)),
     ("progress logged", None), ("progress seconds", "long"), ("typed", None), ("code", 3),
     (f"model {WEIGHT}", torch.zeros(2)),
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """Where code may stand, and what it may import."""
 
 import ast
+import re
 import sys
 
 import pytest
@@ -31,3 +32,9 @@ def test_quantizer_and_prior_need_torch_alone(name):
 def test_model_imports_the_quantizers_alone():
     assert imports(ROOT / "model.py") & (TOP | {"harness"}) == {"quantizer", "scales"}
     assert imports(ROOT / "scales.py") - sys.stdlib_module_names == {"torch", "quantizer"}
+
+
+def test_processes_of_tests_have_limits():
+    """Tests start them by what conftest.py has for it, which leaves none running."""
+    for path in ROOT.glob("tests/test_*.py"):
+        assert not re.search(r"subprocess\.(run|Popen|call|check_\w+)\(", path.read_text()), path

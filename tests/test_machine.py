@@ -97,6 +97,12 @@ def test_single_process_agrees_with_itself():
     assert from_rank_0("value") == "value" and machine.world_size() == 1
 
 
+def test_job_has_one_name_across_restarts():
+    stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(2)]
+    names = [machine.job_name(store, rank) for store in stores for rank in (0, 1, 0)]
+    assert len(set(names[:3])) == len(set(names[3:])) == 1 and names[0] != names[3]
+
+
 @pytest.mark.parametrize("died", ["before it joined", "after all had joined"])
 def test_restarted_ranks_do_not_meet_the_dead(died):
     """The agents' store still holds an earlier attempt; rank 1 of the next one looks before rank 0 does."""

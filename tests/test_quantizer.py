@@ -1,13 +1,10 @@
 import copy
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import PROGRAMS, ROOT
+from conftest import program
 from sklearn.cluster import KMeans
 
 import quantizer
@@ -129,10 +126,7 @@ def test_chunks_give_the_indices_of_one_product(monkeypatch):
 
 def test_lookup_memory_stays_far_below_all_distances():
     """16,384 x 65,536 distances would be 4 GiB; the process may grow by a tenth of that."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])}
-    program = [sys.executable, PROGRAMS / "lookup_memory.py"]
-    grown = subprocess.run(program, env=environment, stdout=subprocess.PIPE, check=True).stdout
-    assert int(grown) < 400 * 2**20
+    assert int(program("lookup_memory.py", check=True).stdout) < 400 * 2**20
 
 
 def test_autocast_leaves_the_lookup_in_float32():

@@ -1,6 +1,7 @@
 """A run stops, goes on, makes way and diverges as the README says."""
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -11,13 +12,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from harness import run
 from harness.data import batch_indices, load_dataset
 from harness.run import Means, Run, duration
 from harness.storage import load_checkpoint, save_checkpoint
 
 import pytest
 import torch
-from conftest import ROOT, SIGNALS, SMALL, TINY, program, refusal, rows, same_run, train, train_prior
+from conftest import ROOT, SIGNALS, SMALL, TINY, program, refusal, rows, same_run, started, train, train_prior
 
 import evaluate
 import reconstruct
@@ -107,10 +109,11 @@ def test_signal_stops_at_the_end_of_a_step(finished_run, tmp_path, capsys, stop_
 def test_ctrl_c_then_the_same_command_goes_on(finished_run, tmp_path):
     """In a process of its own each time, with steps so slow that the signal comes at any moment of one."""
     command = [sys.executable, ROOT / "train.py", f"--out-dir={tmp_path}", *SMALL, *STEPS]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT) as process:
+    with started(command, stderr=subprocess.STDOUT) as process:
         assert any("step 10/" in line for line in process.stdout)
         process.send_signal(signal.SIGINT)
         printed = process.stdout.read()
+        process.wait(60)
     step = load_checkpoint(tmp_path)["progress"]["step"]
     assert process.returncode == 130 and 10 <= step < 30 and "Traceback" not in printed
     assert f"stopped at step {step}; run the same command again to go on" in printed
@@ -261,6 +264,18 @@ def test_fresh_starts_anew(tmp_path, stop_at, finished_run, capsys):
     assert load_checkpoint(archive)["progress"]["step"] == 13
 
 
+def test_fresh_run_goes_on_when_torchrun_restarts_it(tmp_path, stop_at, finished_run, monkeypatch):
+    """Torchrun gives the same flags again; another torchrun starts anew."""
+    flags = [*STEPS, "--fresh"]
+    monkeypatch.setattr(run, "join_ranks", lambda device: (0, "job 1"))
+    stop_at(13, tmp_path, *flags)
+    train(tmp_path, *flags)
+    assert same_run(tmp_path, finished_run) and not archives(tmp_path)
+    monkeypatch.setattr(run, "join_ranks", lambda device: (0, "job 2"))
+    stop_at(13, tmp_path, *flags)
+    assert len(archives(tmp_path)) == 1
+
+
 def test_fresh_run_goes_on_without_the_flag(tmp_path, stop_at, finished_run):
     stop_at(13, tmp_path, *STEPS, "--fresh")
     train(tmp_path, *STEPS)
@@ -388,6 +403,37 @@ def test_metrics_go_on_without_gap_or_duplicate(finished_run, trained_run):
     script.main(script.parse_args([f"--resume={trained_run}"]))
     assert (trained_run / "metrics.csv").read_bytes() == (finished_run / "metrics.csv").read_bytes()
     assert same_run(trained_run, finished_run)
+
+
+@pytest.mark.parametrize("where", ["storage.write_whole", "run.summary_writer"])
+def test_full_disk_at_the_start_is_one_line(trained_run, capsys, monkeypatch, where):
+    """The metrics cannot be trimmed, or TensorBoard's folder cannot be made."""
+
+    def full(*_, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(f"harness.{where}", full if where == "storage.write_whole" else lambda: full)
+    flags = [f"--resume={trained_run}", "--steps=40", "--tensorboard"]
+    assert "No space left on device" in refusal(capsys, script, *flags)
+
+
+def test_metrics_spoilt_while_training_cost_a_picture(tmp_path, in_step, capsys):
+    in_step(9, lambda: (tmp_path / "metrics.csv").write_text("step,recon_loss\n5,word\n"))
+    train(tmp_path, "--steps=10")
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and "metrics.csv, line 2" in printed and (tmp_path / "summary.json").is_file()
+
+
+def test_means_of_another_codebook_end_the_run(tmp_path, stop_at, capsys):
+    """By one line, before a step is saved."""
+    stop_at(13, tmp_path, *STEPS)
+    sums = {"recon_loss": torch.tensor(1.0), "counts": torch.zeros(31)}
+    save_checkpoint(tmp_path, load_checkpoint(tmp_path) | {"means": {"steps": 1, "sums": sums}})
+    with pytest.raises(SystemExit) as ended:
+        train(tmp_path, *STEPS)
+    printed = capsys.readouterr().err
+    assert ended.value.code == 1 and printed.count("\n") == 1 and "means are not those of this run" in printed
+    assert load_checkpoint(tmp_path)["progress"]["step"] == 13
 
 
 # The prior's run
@@ -557,8 +603,7 @@ def test_ctrl_c_of_the_group_spares_workers(folder, tmp_path):
     """A terminal sends it to the workers that read images as well."""
     flags = [*SMALL, f"--dataset={folder}", "--memory-limit=0", "--steps=5000", "--save-every=5000"]
     command = [sys.executable, ROOT / "train.py", f"--out-dir={tmp_path / 'run'}", *flags]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes) as process:
+    with started(command, start_new_session=True, stderr=subprocess.PIPE) as process:
         assert any("step 10/" in line for line in process.stdout)
         os.killpg(process.pid, signal.SIGINT)
         _, errors = process.communicate(timeout=60)
@@ -569,13 +614,10 @@ def test_ctrl_c_of_the_group_spares_workers(folder, tmp_path):
 def test_scripts_respect_the_lock_of_a_run(generating_run, capsys):
     """Whatever writes into a folder waits for no one: one line names the process that writes there."""
     flags = [f"--resume={generating_run}", "--steps=9000", "--save-every=9000"]
-    with subprocess.Popen([sys.executable, ROOT / "train.py", *flags], stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert any("step 35/" in line for line in process.stdout)
-            before = {path.name for path in generating_run.iterdir()}
-            for call in (evaluate, reconstruct, sample, prior_script):
-                printed = refusal(capsys, call, f"--run={generating_run}")
-                assert f"another run, process {process.pid}, is writing into {generating_run}" in printed
-            assert {path.name for path in generating_run.iterdir()} == before
-        finally:
-            process.kill()
+    with started([sys.executable, ROOT / "train.py", *flags]) as process:
+        assert any("step 35/" in line for line in process.stdout)
+        before = {path.name for path in generating_run.iterdir()}
+        for call in (evaluate, reconstruct, sample, prior_script):
+            printed = refusal(capsys, call, f"--run={generating_run}")
+            assert f"another run, process {process.pid}, is writing into {generating_run}" in printed
+        assert {path.name for path in generating_run.iterdir()} == before

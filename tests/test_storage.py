@@ -5,7 +5,6 @@ import os
 import random
 import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -25,10 +24,11 @@ from harness.storage import (
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, program, refusal, rows, same_state, train
+from conftest import ROOT, SMALL, ended, program, refusal, rows, same_state, started, train
 
 import evaluate
 import train as script
+import train_prior as prior_script
 
 STATE = {"weights": torch.arange(1000.0), "names": ["a", "b"], "step": 7, "nested": {"seconds": 0.5}}
 
@@ -171,7 +171,7 @@ def test_damaged_checkpoint_names_the_one_before(trained_run, capsys):
     (trained_run / "checkpoint.pt").write_bytes(b"")
     printed = refusal(capsys, script, f"--resume={trained_run}", "--steps=40")
     advice = printed.strip().split("to go on from step 20 instead: ")[1]
-    subprocess.run(advice.split(), check=True)
+    ended(advice.split(), check=True)
     assert load_checkpoint(trained_run)["progress"]["step"] == 20
     script.main(script.parse_args([f"--resume={trained_run}", "--steps=40"]))
     assert [int(row["step"]) for row in rows(trained_run)] == [5, 10, 15, 20, 25, 30, 35, 40]
@@ -270,7 +270,7 @@ def test_second_run_in_a_folder_is_refused(tmp_path, capsys):
     """One line names the process that writes there; killed, it leaves nothing to clean."""
     flags = [f"--out-dir={tmp_path}", *SMALL, "--steps=3000"]
     command = [sys.executable, ROOT / "train.py", *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+    with started(command) as process:
         assert any("step 5/" in line for line in process.stdout)
         (tmp_path / "metrics.csv.0123456789abcdef.tmp").write_text("half written")
         printed = refusal(capsys, script, *flags, "--fresh")
@@ -326,8 +326,6 @@ def test_unwritable_folder_is_refused_before_data_loads(capsys, trained_run, mon
         ("step,loss\n5,1\n1", "step,loss\n5,1\n"),  # and looks like a step
         ("step,loss\n15,3\n", None),
         ("step,lo", None),
-        ("step,loss\n5,1\nmine,2\n10,2\n", "step,loss\n5,1\n10,2\n"),
-        ("\udcfe\udcff\x00,loss\n\udcff,1\n", None),  # someone wrote other bytes into it
         ("", None),
     ],
 )
@@ -337,6 +335,29 @@ def test_metrics_are_trimmed_to_a_step(tmp_path, text, kept):
     trim_metrics(path, 10)
     assert (path.read_text() if path.exists() else None) == kept
     trim_metrics(tmp_path / "missing.csv", 10)
+
+
+@pytest.mark.parametrize(("name", "column"), [("metrics.csv", 0), ("metrics.csv", 1), ("prior_metrics.csv", 1)])
+def test_word_in_the_metrics_is_named_before_training(generating_run, capsys, name, column):
+    """The line can be mended, or the file moved away."""
+    path, call = generating_run / name, script if name == "metrics.csv" else prior_script
+    lines = path.read_text().splitlines()
+    cells = lines[2].split(",")
+    cells[column] = "word"
+    path.write_text("\n".join([*lines[:2], ",".join(cells), *lines[3:], ""]))
+    forged = path.read_bytes()
+    printed = refusal(capsys, call, f"--resume={generating_run}", "--steps=31")
+    assert f"{path}, line 3, is not as this project writes it" in printed and "move the file away" in printed
+    assert path.read_bytes() == forged
+    path.unlink()
+    call.main(call.parse_args([f"--resume={generating_run}", "--steps=31"]))
+    assert path.exists()
+
+
+def test_other_bytes_in_the_metrics_are_named(tmp_path):
+    (tmp_path / "metrics.csv").write_bytes(b"\xfe\xff\0,loss\n\xff,1\n")
+    with pytest.raises(Damaged, match="metrics.csv, line 2"):
+        trim_metrics(tmp_path / "metrics.csv", 10)
 
 
 # Code

@@ -3,7 +3,6 @@
 import csv
 import json
 import shutil
-import subprocess
 import sys
 
 from harness.data import load_dataset, to_pixels
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, refusal, same_state, train_prior
+from conftest import TINY, ended, refusal, same_state, train_prior
 
 import sample
 import train as vqvae_script
@@ -178,7 +177,7 @@ def test_prior_of_two_processes_is_that_of_one(finished_run, tmp_path):
         command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--", "train_prior.py"]
         flags = [f"--run={folder}", *TINY, "--steps=8", "--save-every=4", "--precision=float32"]
         flags += ["--batch-size=15", "--dropout=0"]  # whose masks each process draws for itself
-        subprocess.run([sys.executable, *command, *flags], cwd=ROOT, check=True, capture_output=True, timeout=600)
+        ended([sys.executable, *command, *flags], check=True)
     one, two = lines(tmp_path / "1"), lines(tmp_path / "2")
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys()
