@@ -308,7 +308,7 @@ def read_checkpoint(path: Path, name: str) -> dict:
 def other_format(path: Path) -> int | None:
     """Return the format of a checkpoint that another version wrote, which may have no digest."""
     with contextlib.suppress(Exception):
-        found = torch.load(path, map_location="cpu", weights_only=True)["format"]
+        found = torch.load(path, map_location="cpu", weights_only=True)["format"] if path.is_file() else None
         return found if isinstance(found, int) and found != FORMAT else None
 
 
@@ -397,9 +397,9 @@ def make_way(folder: Path, patterns: tuple[str, ...] = RUN_FILES, reason: str = 
     if not earlier:
         return
     # The newest goes last: killed halfway, the next start finds the same name, and goes on.
-    earlier.sort(key=lambda path: path.stat().st_mtime)
-    archive = folder / time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(earlier[-1].stat().st_mtime))
-    while any((archive / path.name).exists() for path in earlier):
+    earlier.sort(key=lambda path: path.lstat().st_mtime)
+    archive = folder / time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(earlier[-1].lstat().st_mtime))
+    while any(os.path.lexists(archive / path.name) for path in earlier):
         archive = archive.with_name(archive.name + "_")
     archive.mkdir(exist_ok=True)
     for path in earlier:
@@ -443,8 +443,10 @@ def read_metrics(path: Path) -> list[tuple[str, dict]]:
 
 def trim_metrics(path: Path, step: int):
     """Keep the whole lines of a metrics file up to a step: those after it will be written again."""
-    if not path.is_file():
+    if not path.exists():
         return
+    if not path.is_file():  # a pipe would be waited for
+        raise Damaged(f"{path} is no file; move it away")
     kept = [(line, row) for line, row in read_metrics(path) if row["step"] <= step]
     if kept:
         write_whole(path, "\n".join([",".join(kept[0][1]), *(line for line, _ in kept), ""]))

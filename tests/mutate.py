@@ -1,117 +1,112 @@
-"""Put one fault at a time into a copy of the project and see whether the tests notice: `python tests/mutate.py`.
+"""Put the faults of faults.txt into a copy of the project, one at a time, and see whether the tests notice.
 
-Run by hand, not by pytest. Each fault changes one line of a module; the test files named beside the module then run
-until one fails. `--only run.py` takes the faults of one module, `--count` says how many of each are drawn. A fault
-that survives is a promise without a test, or changes nothing that anyone can see.
+Run by hand, not by pytest: `python tests/mutate.py`, or `python tests/mutate.py run.py storage.py` for these modules.
+The tests named beside a module run, the fastest first, until one fails; with --wide a fault that they do not notice
+meets the rest of the plain suite. What survives is a promise without a test, or changes nothing that anyone can see.
 """
 
 import argparse
-import ast
+import json
 import os
-import random
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
-TESTS = {  # the fast test files that fit each module
-    "quantizer.py": "quantizer",
-    "model.py": "model",
-    "prior.py": "prior sample",
-    "muon.py": "muon",
-    "train.py": "train",
-    "train_prior.py": "train_prior forged",
-    "sample.py": "sample",
-    "evaluate.py": "evaluate",
-    "reconstruct.py": "reconstruct",
-    "harness/cli.py": "cli",
-    "harness/data.py": "data folder",
-    "harness/figures.py": "figures",
-    "harness/folder.py": "folder data",
-    "harness/machine.py": "machine",
-    "harness/run.py": "run forged",
-    "harness/storage.py": "storage forged",
-}
-SWAPS = [(" < ", " <= "), (" <= ", " < "), (" > ", " >= "), (" >= ", " > "), (" == ", " != "), (" + ", " - ")]
-SWAPS += [(" - ", " + "), (" * ", " / "), (" and ", " or "), (" not ", " "), ("True", "False"), ("False", "True")]
-SWAPS += [(" / ", " * "), ("min(", "max("), ("max(", "min("), (" is None", " is not None"), ("[0]", "[-1]")]
-SWAPS += [("return ", "return None and "), (" if ", " if not "), ("1 - ", "2 - "), ("dim=0", "dim=-1"), ("[1:]", "[:]")]
+FAULTS = Path(__file__).with_name("faults.txt")
+LIMIT = 900  # seconds until tests count as hanging, which is noticed
 
 
-def faults(text: str) -> list[tuple[int, str]]:
-    """Return (index of a line, changed line) of each fault: an operator or constant swapped, or a call left out."""
-    tree, lines, found = ast.parse(text), text.splitlines(), []
-    for node in ast.walk(tree):
-        function = isinstance(node, ast.FunctionDef)
-        for statement in node.body if function or isinstance(node, ast.If | ast.For | ast.With | ast.Try) else ():
-            at = statement.lineno - 1
-            if statement.lineno != statement.end_lineno or isinstance(statement, ast.FunctionDef | ast.ClassDef):
-                continue
-            call = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call)
-            if call or isinstance(statement, ast.Raise | ast.AugAssign):
-                indent = " " * statement.col_offset
-                found.append((at, f"{indent}pass"))
-            if isinstance(statement, ast.Assign | ast.Return | ast.AugAssign | ast.Expr) and not is_text(statement):
-                found += [(at, lines[at].replace(old, new, 1)) for old, new in SWAPS if old in lines[at]]
-        if isinstance(node, ast.If | ast.While) and node.test.lineno == node.test.end_lineno:
-            at = node.test.lineno - 1
-            found += [(at, lines[at].replace(old, new, 1)) for old, new in SWAPS if old in lines[at]]
-    return [fault for fault in dict.fromkeys(found) if compiles(lines, *fault)]
+class FastestFirst:
+    """Order tests by the time that each took before, and remember what it takes now."""
+
+    def __init__(self, path: Path):
+        self.path, self.seconds = path, json.loads(path.read_text()) if path.exists() else {}
+
+    def pytest_collection_modifyitems(self, items):
+        items.sort(key=lambda item: self.seconds.get(item.nodeid, 0.0))
+
+    def pytest_runtest_logreport(self, report):
+        self.seconds[report.nodeid] = report.duration + (0 if report.when == "setup" else self.seconds[report.nodeid])
+
+    def pytest_sessionfinish(self, exitstatus):
+        if exitstatus == 0:  # the times of a whole run
+            self.path.write_text(json.dumps(self.seconds))
 
 
-def is_text(statement: ast.stmt) -> bool:
-    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+def read_faults() -> Iterator[tuple[str, list[str], str, str]]:
+    """Yield the module, the names of its tests, the old text and the new text of each fault."""
+    for line in FAULTS.read_text(encoding="utf-8").splitlines():
+        if not line or line.startswith("#"):
+            continue
+        if " => " not in line:
+            module, *tests = line.split()
+            continue
+        old, new = line.replace("\\n", "\n").split(" => ")
+        yield module, tests, old, new.replace("DEL", "")
 
 
-def compiles(lines: list[str], at: int, changed: str) -> bool:
-    try:
-        ast.parse("\n".join([*lines[:at], changed, *lines[at + 1 :]]))
-    except SyntaxError:
-        return False
-    return True
-
-
-def noticed(module: str, folder: Path, text: str) -> bool:
-    """Return whether a test fails, or does not end in time, with this text in a module."""
-    whole = (folder / module).read_text(encoding="utf-8")
-    tests = [f"tests/test_{name}.py" for name in TESTS[module].split()]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", *tests]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    (folder / module).write_text(text, encoding="utf-8")
-    try:
-        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=200).returncode != 0
-    except subprocess.TimeoutExpired:
-        return True
-    finally:
-        (folder / module).write_text(whole, encoding="utf-8")
+def failed(folder: Path, tests: list[str], times: Path) -> str:
+    """Return the first test that fails in a child of this process, "a hang" if they do not end, or ""."""
+    log, child = folder.with_name("log"), os.fork()
+    if child == 0:  # torch is imported already
+        os.setpgid(0, 0)
+        os.chdir(folder)
+        for stream in (1, 2):
+            os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
+        flags = ["-x", "-q", "-n0", "-pno:cacheprovider", "-rfE", f"--rootdir={folder}"]
+        os._exit(pytest.main([*flags, *tests], plugins=[FastestFirst(times)]))
+    last, code = time.monotonic() + LIMIT, 0
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < last:
+        time.sleep(0.1)
+    if ended == (0, 0):
+        os.killpg(child, signal.SIGKILL)
+        ended = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(ended[1])
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return "" if code in (0, 5) else (lines or [f"exit code {code}"])[0][:100]
 
 
 def main():
     parser = argparse.ArgumentParser(description="Count the faults that the tests notice.")
-    parser.add_argument("--only", default="", help="part of a module's name")
-    parser.add_argument("--count", type=int, default=10, help="faults per module, drawn at random")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw")
+    parser.add_argument("modules", nargs="*", help="ends of the modules' names; by default all")
+    parser.add_argument("--wide", action="store_true", help="try what survives on the rest of the plain suite")
     args = parser.parse_args()
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    import matplotlib.figure  # noqa: F401 - before the forks
+    import sklearn.decomposition  # noqa: F401
+    import torchvision  # noqa: F401
+
+    noticed, survived = 0, []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name, "project")
-        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", ".venv", "data", "__pycache__"))
-        total = survived = 0
-        for module in (module for module in TESTS if args.only in module):
-            whole = (folder / module).read_text(encoding="utf-8")
-            if noticed(module, folder, whole):
-                print(f"{module}: its tests fail as it is", flush=True)
+        left_out = shutil.ignore_patterns(".git", ".venv", "data", "results", "__pycache__")
+        shutil.copytree(ROOT, folder, ignore=left_out)
+        for module, tests, old, new in read_faults():
+            if args.modules and not module.endswith(tuple(args.modules)):
                 continue
-            every = faults(whole)
-            for at, changed in sorted(random.Random(args.seed).sample(every, min(args.count, len(every)))):
-                lines = whole.splitlines()
-                total += 1
-                if not noticed(module, folder, "\n".join([*lines[:at], changed, *lines[at + 1 :], ""])):
-                    survived += 1
-                    print(f"{module}:{at + 1} survives: {changed.strip()}", flush=True)
-            print(f"{module}: {min(args.count, len(every))} of {len(every)} faults tried", flush=True)
-    print(f"noticed {total - survived} of {total}")
+            path, near = folder / module, [f"tests/test_{test}.py" for test in tests]
+            times = Path(name, "-".join(tests))
+            if not times.exists() and (reason := failed(folder, near, times)):
+                sys.exit(f"{tests} fail as the project is: {reason}")
+            whole = path.read_text(encoding="utf-8")
+            if whole.count(old) != 1:
+                print(f"{module}: {whole.count(old)} places instead of one: {old}", flush=True)
+                continue
+            path.write_text(whole.replace(old, new), encoding="utf-8")
+            reason = failed(folder, near, times)
+            if args.wide and not reason:
+                reason = failed(folder, [*(f"--ignore={test}" for test in near), "tests"], Path(name, "wide"))
+            path.write_text(whole, encoding="utf-8")
+            print(f"{module}: {old!r} -> {new!r}: {reason or 'SURVIVES'}", flush=True)
+            noticed, survived = noticed + bool(reason), survived + [old] * (not reason)
+    print(f"noticed {noticed} of {noticed + len(survived)}")
 
 
 if __name__ == "__main__":

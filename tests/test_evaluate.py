@@ -36,6 +36,11 @@ def test_ssim_is_that_of_scipys_gaussian_windows():
     assert evaluate.ssim(torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8)).shape == (2,)
 
 
+def test_code_used_once_is_used(model):
+    measured, (counts,) = evaluate.evaluate(model, torch.zeros(1, 1, 4, 4, dtype=torch.uint8))
+    assert counts.sum() == 1 and measured["codes_used"] == 1
+
+
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)

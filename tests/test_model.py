@@ -32,6 +32,37 @@ def test_reconstructions_have_the_shape_of_images(channels, size):
     assert torch.equal(model.decode([indices]), x_recon.clamp(0, 1))
 
 
+def test_residual_block_starts_as_the_identity():
+    x = torch.randn(2, 8, 5, 5)
+    assert torch.equal(ResidualBlock(8)(x), x)
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_reconstruction_teaches_every_encoder(levels):
+    """Straight through the codes."""
+    model = make(levels=levels)
+    model(torch.rand(2, 1, 28, 28)).x_recon.square().sum().backward()
+    for level in model.levels:
+        assert all(p.grad.abs().max() > 0 for p in level.encoder[1].parameters())
+
+
+def test_largest_features_have_half_the_width():
+    """Where there are several sizes of features."""
+    for stride, widths in ((2, [10]), (4, [5, 10]), (16, [5, 10, 10, 10])):
+        encoder = Encoder(3, 10, 1, stride)
+        assert [layer.out_channels for layer in encoder if isinstance(layer, torch.nn.Conv2d)] == widths
+    assert Decoder(4, 3, 10, 1, 4)[-2].in_channels == 5
+
+
+def test_model_starts_until_its_last_codebook_has():
+    model = make(levels=2)
+    assert not model.starting
+    for level in model.levels:
+        level.quantizer.all_started = False
+        assert model.starting
+        level.quantizer.all_started = True
+
+
 @pytest.mark.parametrize("levels", [1, 2])
 def test_step_never_waits_for_a_gpu(levels):
     """The meta device has no values to wait for; asking it for one is an error."""

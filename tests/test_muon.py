@@ -38,6 +38,16 @@ def test_orthogonalize_brings_singular_values_near_one():
     assert s.min() > 0.6 and s.max() < 1.3
 
 
+def test_convolutions_are_matrices_of_their_output_channels():
+    shaped = [torch.nn.Parameter(torch.randn(6, 3, 2, 4))]
+    flat = [torch.nn.Parameter(shaped[0].detach().reshape(6, 24).clone())]
+    gradient = torch.randn(6, 3, 2, 4)
+    for weights in (shaped, flat):
+        weights[0].grad = gradient.reshape(weights[0].shape)
+        Muon(weights, torch.float32).step()
+    torch.testing.assert_close(shaped[0].reshape(6, 24), flat[0], rtol=0, atol=1e-6)
+
+
 def test_updates_match_torch_muon():
     """torch.optim.Muon orthogonalises in bfloat16, so that is how far apart they may be."""
     ours, theirs = matrices(), matrices()

@@ -306,6 +306,18 @@ def test_start_goes_on_over_several_small_batches(ema):
         assert out.indices.max() < vq.started
 
 
+def test_codes_without_a_start_are_never_chosen():
+    vq = make(kmeans_start=True, size=8)
+    vq(torch.tensor([[5.0] * 4, [9.0] * 4]))
+    assert vq.eval()(torch.randn(100, 4) * 10).indices.max() == 1
+
+
+def test_codes_without_k_means_are_uniform():
+    """In [-1/K, 1/K]."""
+    codes = VectorQuantizer(50, 40, kmeans_start=False).codebook * 50
+    assert 0.99 < codes.max() <= 1 and -1 <= codes.min() < -0.99 and codes.mean().abs() < 0.05
+
+
 def test_start_keeps_codes_of_empty_clusters():
     """Two codes start from a first batch that lies far from the second, of which k-means then finds no member."""
     vq, far = make(size=4, kmeans_start=True), 1000 + torch.randn(2, 4)
@@ -352,6 +364,34 @@ def test_revived_code_survives_the_optimizers_step(ema):
     before = vq.codebook[5].detach().clone()
     train_steps(vq, [z[(vq.encode(z) != 5)]], optimizer)  # a step that does not hit it
     assert torch.equal(vq.codebook[5], before)
+
+
+def test_reset_forgets_revived_codes_once_and_no_others():
+    """All those since the last reset, though they were revived in several batches."""
+    vq = make(revive_below=0.5, size=4, decay=0.5)
+    optimizer = torch.optim.Adam(vq.parameters())
+    (vq.codebook * torch.arange(1.0, 5.0)[:, None]).sum().backward()
+    optimizer.step()
+    moments = optimizer.state[vq.codebook]["exp_avg"]
+    before = moments.clone()
+    vq.revived[1] = True
+    vq.ema_counts.copy_(torch.tensor([1.0, 1.0, 1e-3, 1.0]))
+    vq(vq.codebook.detach()[[0, 1, 3]])  # revives code 2
+    vq.reset_revived(optimizer)
+    assert torch.equal(moments, before * torch.tensor([1.0, 0.0, 0.0, 1.0])[:, None])
+    moments.copy_(before)
+    vq.reset_revived(optimizer)
+    assert torch.equal(moments, before)
+
+
+def test_each_distinct_vector_revives_one_code():
+    """As far as there are dead codes."""
+    vq = make(revive_below=0.5, size=8, codebook=10.0 + torch.arange(8.0)[:, None].expand(8, 4))
+    vq.ema_counts[1:] = 1e-9
+    z = torch.tensor([[1.0] * 4, [2.0] * 4, [2.0] * 4, [3.0] * 4])
+    vq(z)
+    assert vq.revived.sum() == 3
+    assert vq.codebook[vq.revived][:, 0].sort().values.tolist() == [1, 2, 3]
 
 
 def test_revived_codes_differ_from_each_other():

@@ -12,8 +12,10 @@ from harness import storage
 from harness.storage import (
     Damaged,
     OtherVersion,
+    is_run_folder,
     load_checkpoint,
     make_way,
+    new_folder,
     read_state,
     save_checkpoint,
     trim_metrics,
@@ -352,6 +354,40 @@ def test_word_in_the_metrics_is_named_before_training(generating_run, capsys, na
     path.unlink()
     call.main(call.parse_args([f"--resume={generating_run}", "--steps=31"]))
     assert path.exists()
+
+
+def test_new_folder_takes_the_place_of_an_empty_one_alone(tmp_path):
+    (tmp_path / "mine").write_text("")
+    with pytest.raises(ValueError, match="is there already; name a new folder"), new_folder(tmp_path):
+        pass
+    (tmp_path / "empty").mkdir()
+    with new_folder(tmp_path / "empty") as folder:
+        (folder / "a").write_text("")
+        assert not (tmp_path / "empty" / "a").exists()
+    assert (tmp_path / "empty" / "a").exists()
+
+
+@pytest.mark.parametrize("name", [".lock.pid", "checkpoint.pt", "prior.pt"])
+def test_folder_of_a_run_is_known_by_one_file(tmp_path, name):
+    """Also that of a run which has just begun."""
+    assert not is_run_folder(tmp_path)
+    (tmp_path / name).write_text("")
+    assert is_run_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "checkpoint.pt", "prior.pt"])
+def test_pipe_in_place_of_a_file_is_not_waited_for(generating_run, capsys, name):
+    (generating_run / name).unlink()
+    os.mkfifo(generating_run / name)
+    call = prior_script if name == "prior.pt" else script
+    assert name in refusal(capsys, call, f"--resume={generating_run}", "--steps=31")
+
+
+def test_broken_link_makes_way(tmp_path):
+    (tmp_path / "checkpoint.pt").symlink_to(tmp_path / "nowhere")
+    make_way(tmp_path)
+    assert not os.path.lexists(tmp_path / "checkpoint.pt")
+    assert [path.name for path in tmp_path.glob("*/*")] == ["checkpoint.pt"]
 
 
 def test_other_bytes_in_the_metrics_are_named(tmp_path):

@@ -6,7 +6,7 @@ import shutil
 import sys
 
 from harness.data import load_dataset, to_pixels
-from harness.storage import load_checkpoint, read_state
+from harness.storage import load_checkpoint, read_checkpoint, read_state
 
 import numpy as np
 import pytest
@@ -53,6 +53,7 @@ def test_prior_leaves_its_files(prior_run):
         ("6", False),
         ("8", True),
     ]
+    assert read_checkpoint(prior_run / "prior_previous.pt", "prior")["progress"]["step"] == 4  # 8 was saved twice
     summary = json.loads((prior_run / "prior_summary.json").read_text())
     assert summary["test_bits_per_image"] == pytest.approx(summary["test_nats_per_code"] * 49 / np.log(2))
     held_out = [float(row["held_out_nats"]) for row in lines(prior_run) if row["held_out_nats"]]
