@@ -59,6 +59,17 @@ class OtherVersion(ValueError):
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name a path in an OSError that names none: "No space left on device", but for what?"""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and not error.filename:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file that becomes `path` when the block ends; killed at any moment, `path` is what it was before.
 
@@ -67,16 +78,14 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "xb") as file:  # x: never through a link that lies there
+        with naming(path), open(temporary, "xb") as file:  # x: never through a link that lies there
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException as error:
+    except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno and not error.filename:  # "No space left on device": for what?
-            error.filename = str(path)
         raise
 
 
@@ -174,7 +183,8 @@ def new_folder(path: str | Path | None) -> Iterator[Path | None]:
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         temporary.mkdir(parents=True)
-        yield temporary
+        with naming(path):
+            yield temporary
         with contextlib.suppress(FileNotFoundError):
             path.rmdir()  # it is empty
         temporary.rename(path)
@@ -415,7 +425,7 @@ def tell_of_prior(folder: Path):
 
 
 def append_row(path: Path, row: Sequence):
-    with open(path, "a", newline="", encoding="utf-8") as file:
+    with naming(path), open(path, "a", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerow(row)
 
 

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from prior import Prior, generate, restrict
+from prior import Prior, build_prior, generate, load_prior, restrict
 
 K = 16
 GRIDS = [[(3, 3)], [(2, 4)], [(1, 2), (2, 4)]]
@@ -52,6 +52,28 @@ def test_near_codes_start_with_near_embeddings():
         for weight in (coming_in, head.weight):  # a random projection keeps distances, but for their scale
             assert torch.corrcoef(torch.stack([torch.pdist(weight), expected]))[0, 1] > 0.9
             assert weight.std().item() == pytest.approx(0.05, rel=0.2)
+
+
+def test_dropout_differs_from_image_to_image():
+    prior = Prior(K, [(2, 4)], classes=3, width=24, depth=1, dropout=0.5)
+    codes, labels = torch.ones(2, 8, dtype=torch.int64), torch.ones(2, dtype=torch.int64)
+    assert not torch.equal(*prior(codes, labels)) and torch.equal(*prior.eval()(codes, labels))
+
+
+def test_weights_start_small():
+    prior = Prior(K, [(2, 4)], classes=3, width=48)
+    for module in (prior.blocks[0].to_qkv, prior.position):
+        assert module.weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_loaded_prior_is_the_best_one_in_eval_mode():
+    args, shape = {"width": 24, "depth": 1, "heads": 3, "dropout": 0.3}, {"codebook_size": K, "grids": [(2, 4)]}
+    shape["classes"] = 3
+    best, last = (build_prior(args, shape) for _ in range(2))
+    checkpoint = {"args": args, "identity": {"shape": shape}, "model": last.state_dict()}
+    loaded = load_prior(checkpoint | {"best": {"model": best.state_dict()}})
+    assert all(map(torch.equal, loaded.parameters(), best.parameters()))
+    assert not loaded.training and [block.dropout for block in loaded.blocks] == [0.3]
 
 
 def test_stays_causal_when_trained(prior):

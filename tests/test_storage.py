@@ -1,19 +1,24 @@
 """Files are whole or absent, a checkpoint is what was written or refused, and no run overwrites another."""
 
 import errno
+import fcntl
 import os
 import random
 import re
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 from harness import storage
 from harness.storage import (
     Damaged,
     OtherVersion,
+    append_row,
     is_run_folder,
     load_checkpoint,
+    lock_folder,
     make_way,
     new_folder,
     read_state,
@@ -242,7 +247,9 @@ def test_earlier_run_moves_to_a_dated_folder(trained_run, capsys):
 
 
 def test_killed_move_goes_on_into_the_same_folder(tmp_path, monkeypatch):
-    for i, name in enumerate(("metrics.csv", "summary.json", "checkpoint.pt")):
+    """It is named by the time of the newest file."""
+    names = ("metrics.csv", "summary.json", "checkpoint.pt", *(f"recon_00000{i}.png" for i in range(7)))
+    for i, name in enumerate(names):
         (tmp_path / name).write_text(name)
         os.utime(tmp_path / name, (1e9 + i, 1e9 + i))
     rename, moved = Path.rename, []
@@ -257,7 +264,8 @@ def test_killed_move_goes_on_into_the_same_folder(tmp_path, monkeypatch):
         make_way(tmp_path)
     make_way(tmp_path)
     (archive,) = tmp_path.iterdir()
-    assert {path.name for path in archive.iterdir()} == {"metrics.csv", "summary.json", "checkpoint.pt"}
+    assert {path.name for path in archive.iterdir()} == set(names)
+    assert archive.name == time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(1e9 + 9))
 
 
 def test_runs_of_the_same_second_move_apart(tmp_path):
@@ -281,6 +289,18 @@ def test_second_run_in_a_folder_is_refused(tmp_path, capsys):
         process.send_signal(signal.SIGKILL)
     train(tmp_path, "--steps=2")
     assert load_checkpoint(tmp_path)["progress"]["step"] == 2 and not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locks a file as Unix does")
+def test_lock_of_a_killed_run_is_waited_for(tmp_path):
+    """Its other processes may take some seconds to see that the first has died."""
+    (tmp_path / ".lock.pid").write_text(ended(["sh", "-c", "echo $$"]).stdout)
+    with open(tmp_path / ".lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        timer = threading.Timer(1, fcntl.flock, [held, fcntl.LOCK_UN])
+        timer.start()
+        lock_folder(tmp_path).release()
+        timer.join()
 
 
 def test_only_our_own_temporary_files_are_removed(trained_run):
@@ -365,6 +385,16 @@ def test_new_folder_takes_the_place_of_an_empty_one_alone(tmp_path):
         (folder / "a").write_text("")
         assert not (tmp_path / "empty" / "a").exists()
     assert (tmp_path / "empty" / "a").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs the device that is always full")
+def test_full_disk_names_what_was_written(tmp_path):
+    """Also where a library wrote it."""
+    (tmp_path / "metrics.csv").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device.*metrics.csv"):
+        append_row(tmp_path / "metrics.csv", [1, 2])
+    with pytest.raises(OSError, match="No space left on device.*pairs"), new_folder(tmp_path / "pairs"):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize("name", [".lock.pid", "checkpoint.pt", "prior.pt"])
