@@ -53,16 +53,20 @@ def read_faults() -> Iterator[tuple[str, list[str], str, str]]:
 
 
 def failed(folder: Path, tests: list[str], times: Path) -> str:
-    """Return the first test that fails in a child of this process, "a hang" if they do not end, or ""."""
+    """Return the first test that fails in a child of this process, or its exit code if none is named, or ""."""
     log, child = folder.with_name("log"), os.fork()
     if child == 0:  # torch is imported already
-        os.setpgid(0, 0)
-        os.chdir(folder)
-        for stream in (1, 2):
-            os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
-        flags = ["-x", "-q", "-n0", "-pno:cacheprovider", "-rfE", f"--rootdir={folder}"]
-        os._exit(pytest.main([*flags, *tests], plugins=[FastestFirst(times)]))
-    last, code = time.monotonic() + LIMIT, 0
+        code = 99
+        try:
+            os.setpgid(0, 0)
+            os.chdir(folder)
+            for stream in (1, 2):
+                os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
+            flags = ["-x", "-q", "-n0", "-pno:cacheprovider", "-rfE", f"--rootdir={folder}"]
+            code = pytest.main([*flags, *tests], plugins=[FastestFirst(times)])
+        finally:
+            os._exit(code)
+    last = time.monotonic() + LIMIT
     while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < last:
         time.sleep(0.1)
     if ended == (0, 0):

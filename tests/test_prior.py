@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from model import VQVAE
 from prior import Prior, build_prior, generate, load_prior, restrict
 
 K = 16
@@ -69,9 +70,10 @@ def test_weights_start_small():
 def test_loaded_prior_is_the_best_one_in_eval_mode():
     args, shape = {"width": 24, "depth": 1, "heads": 3, "dropout": 0.3}, {"codebook_size": K, "grids": [(2, 4)]}
     shape["classes"] = 3
-    best, last = (build_prior(args, shape) for _ in range(2))
+    model = VQVAE(1, (8, 16), codebook_size=K, code_dim=4, width=8, blocks=1)
+    best, last = (build_prior(args, shape, model) for _ in range(2))
     checkpoint = {"args": args, "identity": {"shape": shape}, "model": last.state_dict()}
-    loaded = load_prior(checkpoint | {"best": {"model": best.state_dict()}})
+    loaded = load_prior(checkpoint | {"best": {"model": best.state_dict()}}, model)
     assert all(map(torch.equal, loaded.parameters(), best.parameters()))
     assert not loaded.training and [block.dropout for block in loaded.blocks] == [0.3]
 

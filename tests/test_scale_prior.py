@@ -1,6 +1,5 @@
 import itertools
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import export
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, refusal, same_state, save, train, train_prior
+from conftest import TINY, ended, refusal, same_state, save, train, train_prior
 
 import demo
 import sample as sample_script
@@ -205,7 +204,7 @@ def test_two_ranks_learn_as_one(run, tmp_path):
         folder = shutil.copytree(run, tmp_path / str(ranks))
         command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--", "train_prior.py"]
         flags = [f"--run={folder}", *TINY, "--steps=6", "--precision=float32", "--batch-size=15", "--dropout=0"]
-        subprocess.run([sys.executable, *command, *flags], cwd=ROOT, check=True, capture_output=True, timeout=300)
+        ended([sys.executable, *command, *flags], check=True)
         lines = Path(folder, "prior_metrics.csv").read_text().splitlines()[1:]
         losses.append([float(line.split(",")[1]) for line in lines])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -1,7 +1,7 @@
+import contextlib
 import functools
 import json
 import shutil
-import subprocess
 import sys
 
 from harness import figures
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import PROGRAMS, ROOT, SMALL, refusal, rows, same_run, save, train
+from conftest import PROGRAMS, SMALL, ended, refusal, rows, same_run, save, started, train
 
 import evaluate
 import reconstruct
@@ -276,8 +276,9 @@ def test_resumes_bit_for_bit(tmp_path, stop_at, flag):
 def test_two_ranks_learn_as_one(tmp_path):
     program = [sys.executable, PROGRAMS / "scales_on_ranks.py"]
     places = [("0", "1"), ("0", "2"), ("1", "2")]  # rank, of how many
-    started = [subprocess.Popen([*program, *place, tmp_path]) for place in places]
-    assert [process.wait(120) for process in started] == [0, 0, 0]
+    with contextlib.ExitStack() as stack:
+        processes = [stack.enter_context(started([*program, *place, tmp_path], stdout=None)) for place in places]
+        assert [process.wait(120) for process in processes] == [0, 0, 0]
     for ema in (False, True):
         one, first, second = (torch.load(tmp_path / f"{name}-{ema}.pt") for name in ("1-0", "2-0", "2-1"))
         for step, state in enumerate(one):
@@ -420,7 +421,7 @@ def test_torchrun_matches_one_process(tmp_path):
     train(tmp_path / "1", *flags)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
     command += [*SMALL, *flags, f"--out-dir={tmp_path / '2'}"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    ended(command, check=True)
     for ranks in ("1", "2"):
         losses.append([float(row["recon_loss"]) for row in rows(tmp_path / ranks)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY, ended, refusal, same_state, train_prior
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import sample
 import train as vqvae_script
@@ -184,6 +185,20 @@ def test_prior_of_two_processes_is_that_of_one(finished_run, tmp_path):
         assert a.keys() == b.keys()
         for name in a:
             assert float(a[name] or 0) == pytest.approx(float(b[name] or 0), rel=1e-4)
+
+
+def test_gradients_are_clipped_to_a_norm_of_one(trained_run, monkeypatch):
+    """Of all weights together, however large the loss."""
+    cross_entropy, norms = F.cross_entropy, []
+    monkeypatch.setattr(F, "cross_entropy", lambda *args, **options: 1000 * cross_entropy(*args, **options))
+
+    def remember(optimizer, *_):
+        norms.append([p.grad.norm() for group in optimizer.param_groups for p in group["params"]])
+
+    hook = register_optimizer_step_pre_hook(remember)
+    train_prior(trained_run, "--steps=1")
+    hook.remove()
+    assert torch.tensor([norm for of_one in norms for norm in of_one]).norm().item() == pytest.approx(1, rel=1e-3)
 
 
 def test_earlier_prior_moves_to_a_dated_folder(generating_run, capsys):
