@@ -413,7 +413,7 @@ def count_pixels(images: Tensor) -> Tensor:
 
 
 def read_images(
-    paths: list[Path], channels: int, size: tuple[int, int] | None, background: str
+    paths: list[Path], channels: int, size: tuple[int, int] | None = None, background: str = "white"
 ) -> tuple[list[Tensor], int]:
     """Read images (C, H, W) uint8, by default at their own size, and say how many had to change to be of `size`.
 
