@@ -87,7 +87,7 @@ def stop_at(in_step):
     return train_and_stop
 
 
-LIMIT = 240  # seconds; pytest itself ends a test that takes 300, and would leave its processes running
+LIMIT = 240  # seconds; pytest itself ends a test that takes 900, and would leave its processes running
 
 
 def environment(**variables):

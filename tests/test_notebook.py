@@ -1,7 +1,6 @@
 """The notebook is committed with its outputs, and runs from top to bottom."""
 
 import ast
-import faulthandler
 import importlib
 import subprocess
 import sys
@@ -73,7 +72,6 @@ def test_notebook_asks_colab_users_for_the_address(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_notebook_runs_from_top_to_bottom(monkeypatch):
-    faulthandler.cancel_dump_traceback_later()  # beside other tests it takes more than five minutes
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # two threads that wait for each other beside other tests take longer
     here = {"metadata": {"path": PATH.parent}}
     NotebookClient(nbformat.read(PATH, as_version=4), timeout=600, kernel_name="python3", resources=here).execute()
