@@ -1,5 +1,6 @@
 """What the page computes, without a browser; then the page itself, in headless Chromium."""
 
+import asyncio
 import base64
 import contextlib
 import io
@@ -234,7 +235,11 @@ def test_page_opens_without_prior_and_images(finished_run, tmp_path):
 @pytest.mark.filterwarnings("ignore")  # of gradio's own
 def test_page_without_prior_says_how(finished_run):
     pytest.importorskip("gradio", reason="gradio is not installed")
-    app = demo.build(demo.load_page(str(finished_run)), str(finished_run))
+
+    async def build():  # in a running event loop, without which gradio makes some and never closes them
+        return demo.build(demo.load_page(str(finished_run)), str(finished_run))
+
+    app = asyncio.run(build())
     texts = [str(component["props"].get("value")) for component in app.get_config_file()["components"]]
     assert sum("first train a prior: python" in text for text in texts) == 2
 
