@@ -83,11 +83,11 @@ def load_images(args: argparse.Namespace, checkpoint: dict, model: VQVAE) -> tup
         paths += walk(file) if file.is_dir() else [file]
     size = None if args.full_size else model.image_size
     images, resized = read_images(paths, model.channels, size, checkpoint["args"]["background"])
-    maps = 3 * model.levels[-1].encoder[1].out_channels  # float32, at half the image's size: where most memory goes
-    largest = max(image.shape[-2:].numel() for image in images)
-    check_room(
-        maps * largest, f"the largest image, of {largest:,} pixels,", "leave out --full-size, or make it smaller"
-    )
+    if args.full_size:
+        maps = 3 * model.levels[-1].encoder[1].out_channels  # float32, at half the image's size: where most memory goes
+        largest = max(image.shape[-2:].numel() for image in images)
+        remedy = "leave out --full-size, or make it smaller"
+        check_room(maps * largest, f"the largest image, of {largest:,} pixels,", remedy)
     if resized:
         height, width = model.image_size
         say(f"resized and cropped {resized} of {len(images)} images to {width}x{height}; --full-size leaves them whole")

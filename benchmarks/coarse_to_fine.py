@@ -135,7 +135,7 @@ def main():
         print(f"drawing {num} scale by scale: {seconds[0] / seconds[1]:.1f} times as fast as in raster order")
 
     # What is drawn
-    source = dataset_of(load_checkpoint(rows[0]["folder"]))
+    source = dataset_of(load_checkpoint(rows[0]["folder"]), rows[0]["folder"], args.data_dir)
     train_images, test_images = (torch.as_tensor(images[:]) for images in (source.train_images, source.test_images))
     classifier = train_classifier(train_images, source.train_labels)
     real, found = classify(classifier, test_images)

@@ -17,7 +17,7 @@ from pathlib import Path
 from machine import heading, median_seconds, write_json
 
 from harness import figures
-from harness.data import dataset_of, to_pixels
+from harness.data import dataset_of, to_pixels, to_uint8
 from harness.storage import load_checkpoint
 
 import numpy as np
@@ -136,7 +136,7 @@ def main():
 
     with torch.inference_mode():
         x_recon = [model(to_pixels(batch, CPU)).x_recon for batch in data.test_images.split(500)]
-    recon = (torch.cat(x_recon).clamp(0, 1) * 255).round().to(torch.uint8)
+    recon = to_uint8(torch.cat(x_recon).clamp(0, 1))
     some = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(0))[: args.num]
     asked = script.labels_of(prior, args.num)
     plain = {"temperature": 1.0, "top_p": 1.0, "guidance": 1.0}

@@ -138,6 +138,20 @@ def program(name, *words, **options):
     return ended([sys.executable, path, *words], **options)
 
 
+def far_from_zero(prior):
+    """Give a prior weights far from zero, biases too, so that nothing is hidden by chance; return it in eval mode."""
+    for parameter in prior.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return prior.eval()
+
+
+def some_codes(prior, n=5):
+    """Return codes (n, T), and labels (n,) that may be those of any class."""
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(prior.codebook_size, (n, prior.length), generator=generator)
+    return codes, torch.randint(prior.classes + 1, (n,), generator=generator)
+
+
 def refusal(capsys, script, *flags):
     """Return the one line with which a script refuses its flags, by exit code 2."""
     with pytest.raises(SystemExit) as refused:

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import far_from_zero, some_codes
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import VQVAE
@@ -13,15 +14,7 @@ GRIDS = [[(3, 3)], [(2, 4)], [(1, 2), (2, 4)]]
 @pytest.fixture(params=GRIDS, ids=str)
 def prior(request):
     torch.manual_seed(0)
-    prior = Prior(K, request.param, classes=3, width=16, depth=2, heads=2).eval()
-    for parameter in prior.parameters():  # all of it far from zero, biases too, so that nothing is hidden by chance
-        torch.nn.init.normal_(parameter, std=0.5)
-    return prior
-
-
-def some_codes(prior, n=5):
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(K, (n, prior.length), generator=generator), torch.randint(4, (n,), generator=generator)
+    return far_from_zero(Prior(K, request.param, classes=3, width=16, depth=2, heads=2))
 
 
 def test_attention_in_bfloat16_is_close_to_float32(prior):

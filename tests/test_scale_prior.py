@@ -10,7 +10,7 @@ import export
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, ended, refusal, same_state, save, train, train_prior
+from conftest import TINY, ended, far_from_zero, refusal, same_state, save, some_codes, train, train_prior
 
 import demo
 import sample as sample_script
@@ -27,15 +27,8 @@ SCALES = [[(1, 1), (2, 2), (3, 3)], [(1, 2), (2, 5)], [(2, 3)]]
 def prior(request):
     quantizer = MultiScaleQuantizer(request.param, K, D, kmeans_start=False)
     torch.nn.init.normal_(quantizer.codebook)
-    prior = ScalePrior(quantizer, codebook_size=K, grids=request.param, classes=3, width=16, depth=2, heads=2).eval()
-    for parameter in prior.parameters():  # all of it far from zero, so that nothing is hidden by chance
-        torch.nn.init.normal_(parameter, std=0.5)
-    return prior
-
-
-def some_codes(prior, n=5):
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(K, (n, prior.length), generator=generator), torch.randint(4, (n,), generator=generator)
+    sizes = {"codebook_size": K, "grids": request.param, "classes": 3, "width": 16, "depth": 2, "heads": 2}
+    return far_from_zero(ScalePrior(quantizer, **sizes))
 
 
 def spans(prior):
