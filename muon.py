@@ -29,41 +29,63 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            lr, momentum = group["lr"], group["momentum"]
-            by_shape = collections.defaultdict(list)
-            for p in group["params"]:
-                by_shape[p.shape].append(p)
-            for shape, params in by_shape.items():
-                for p in params:
-                    if not self.state[p]:
-                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                grads, buffers = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
-                torch._foreach_lerp_(buffers, grads, 1 - momentum)
-                updates = torch.stack(torch._foreach_lerp(grads, buffers, momentum))
-                matrices = updates.flatten(2).to(self.dtype)
-                updates = orthogonalize(matrices).to(updates.dtype).view(-1, *shape)
-                if group["weight_decay"]:
-                    torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-                torch._foreach_add_(params, list(updates), alpha=-lr * 0.2 * max(matrices.shape[1:]) ** 0.5)
+            lr, momentum, params = group["lr"], group["momentum"], group["params"]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            grads, buffers = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
+            torch._foreach_lerp_(buffers, grads, 1 - momentum)
+            updates = torch._foreach_lerp(grads, buffers, momentum)
+
+            # Channels last, as the weights of convolutions lie in memory; the order of the columns plays no part.
+            updates = [update.movedim(1, -1) for update in updates]
+            matrices = orthogonalize([update.flatten(1).to(self.dtype) for update in updates])
+            if group["weight_decay"]:
+                torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+            for p, update, matrix in zip(params, updates, matrices):
+                p.add_(matrix.reshape(update.shape).movedim(-1, 1), alpha=-lr * 0.2 * max(matrix.shape) ** 0.5)
 
 
-def orthogonalize(x: Tensor) -> Tensor:
-    """Bring the singular values of matrices (N, m, n) near 1, by Newton-Schulz iterations."""
-    if x.shape[1] > x.shape[2]:
-        return orthogonalize(x.mT).mT
+def orthogonalize(matrices: list[Tensor]) -> list[Tensor]:
+    """Bring the singular values of matrices near 1, by Newton-Schulz iterations."""
+    coarse = matrices[0].dtype == torch.bfloat16
+    iterate = iterate_matrices if coarse else iterate_grams
+    batches = collections.defaultdict(list)  # of matrices that one product takes together
+    for i, matrix in enumerate(matrices):
+        rows, columns = sorted(matrix.shape)
+        batches[rows, columns if coarse else None].append(i)
+    done = {}
+    for batch in batches.values():
+        tall = [matrices[i].shape[0] > matrices[i].shape[1] for i in batch]
+        wide = [matrices[i].mT if flip else matrices[i] for i, flip in zip(batch, tall)]
+        done |= {i: x.mT if flip else x for i, x, flip in zip(batch, iterate(wide), tall)}
+    return [done[i] for i in range(len(matrices))]
+
+
+def iterate_matrices(matrices: list[Tensor]) -> Tensor:
+    """Orthogonalize matrices of one shape."""
     a, b, c = COEFFICIENTS
+    x = torch.stack(matrices)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    if x.dtype == torch.bfloat16 or x.shape[1] == x.shape[2]:
-        for _ in range(ITERATIONS):
-            gram = x @ x.mT
-            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-        return x
-    # The same with (m, m) matrices alone, which commute: a third faster, but bfloat16 is too coarse for it.
-    gram, product = x @ x.mT, None
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def iterate_grams(matrices: list[Tensor]) -> list[Tensor]:
+    """Orthogonalize matrices with as many rows: a third faster, but bfloat16 is too coarse for it.
+
+    Every iterate is the matrix times a polynomial in its Gram matrix, so that only small square matrices are iterated.
+    """
+    a, b, c = COEFFICIENTS
+    gram = torch.stack([x @ x.mT for x in matrices])
+    square_norm = gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None].clamp(min=1e-14)
+    gram, polynomial = gram / square_norm, torch.eye(gram.shape[1], device=gram.device) / square_norm.sqrt()
     for i in range(ITERATIONS):
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        factor.diagonal(dim1=1, dim2=2).add_(a)
-        product = factor if product is None else factor @ product
+        polynomial = torch.baddbmm(polynomial, factor, polynomial, beta=a)
         if i < ITERATIONS - 1:
-            gram = factor @ gram @ factor
-    return product @ x
+            for _ in range(2):
+                gram = torch.baddbmm(gram, factor, gram, beta=a)
+    return [p @ x for p, x in zip(polynomial, matrices)]
