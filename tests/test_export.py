@@ -1,5 +1,7 @@
 import json
+from pathlib import Path
 
+from harness.data import to_pixels
 from harness.storage import PRIOR, load_checkpoint
 
 import export
@@ -26,6 +28,14 @@ def test_exported_run_draws_the_same_images(prior_run, tmp_path, capsys):
     kept, made = (json.loads((run / "summary.json").read_text()) for run in (out, prior_run))
     assert kept["arguments"].pop("out_dir") == "results" != made["arguments"].pop("out_dir")  # no path of the maker's
     assert kept == made and load_checkpoint(out)["args"]["out_dir"] == "results"
+
+
+def test_pretrained_model_fits_the_code():
+    """Its own samples come back; weights of another layout would scatter their pixels."""
+    model, prior = sample.load_run(Path(export.__file__).parent / "mnist")
+    x = to_pixels(sample.sample(model, prior, num=20, seed=0), "cpu")
+    error = (model.decode(model.encode(x)) - x).square().mean((1, 2, 3))
+    assert x.shape == (20, 1, 28, 28) and (-10 * error.log10()).mean() > 25
 
 
 def test_exported_checkpoints_hold_weights_alone(prior_run, tmp_path):
