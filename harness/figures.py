@@ -5,7 +5,6 @@ Figures are drawn without a display, through matplotlib's Figure rather than pyp
 
 import contextlib
 import io
-import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,6 @@ from sklearn.decomposition import PCA
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
-logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of a home folder that it cannot write to
 WIDTH = 1000  # dots that a picture of images takes, more or less
 ROWS = 8  # of originals, and of what was made of them
 SAMPLES = 20  # rows and columns that a picture of samples has at most

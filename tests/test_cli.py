@@ -12,7 +12,7 @@ from harness.cli import command, number, say, shortened, user_errors
 from harness.storage import load_checkpoint
 
 import pytest
-from conftest import ROOT, SMALL, ended, refusal, started
+from conftest import ROOT, SMALL, ended, environment, program, refusal, started
 
 import evaluate
 import reconstruct
@@ -126,6 +126,13 @@ def test_closed_streams_do_not_stop_a_run(tmp_path, closed):
     done = ended(["sh", "-c", f"{command} {closed}"])
     assert done.returncode == 0, done
     assert {path.name for path in tmp_path.iterdir()} >= FILES
+
+
+def test_unwritable_home_brings_no_warning(tmp_path):
+    """Matplotlib's own, of a folder that it cannot write its cache to."""
+    (tmp_path / "file").write_text("")
+    done = program("evaluate.py", "--help", env=environment(MPLCONFIGDIR=str(tmp_path / "file" / "inner")))
+    assert done.returncode == 0 and not done.stderr
 
 
 def test_no_message_advises_to_execute_files():
