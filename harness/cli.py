@@ -13,11 +13,20 @@ import torch.distributed as dist
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=description,
         usage=argparse.SUPPRESS,  # an error is then one line
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    parser.register("type", None, not_empty)  # of flags that name no type
+    return parser
+
+
+def not_empty(text: str) -> str:
+    """Return a flag's text: "" is a shell variable that was not set, and as a path the working directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
 
 
 def number(kind: type, low: float, below: float = math.inf, above: bool = False):
@@ -56,7 +65,7 @@ def say(text: str, error: bool = False):
     try:
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
-        print(text, file=stream, flush=True)
+        print("\n".join(map(printable, text.split("\n"))), file=stream, flush=True)
     except (OSError, ValueError, AttributeError):
         drop_output(error)
 

@@ -95,6 +95,22 @@ def test_names_beyond_the_encoding_are_printed(monkeypatch, tmp_path):
     assert (tmp_path / "out.txt").read_text() == "a \\u2192 b\n"
 
 
+def test_control_characters_of_names_are_escaped(capsys):
+    say("a\x1b[31m\udcff\nb")
+    assert capsys.readouterr().out == "a\\x1b[31m\\xff\nb\n"
+
+
+@pytest.mark.parametrize(
+    ("script", "flag"),
+    [(script, "--out-dir"), (script, "--dataset"), (sample, "--out"), (reconstruct, "--codes"), (evaluate, "--run")],
+)
+def test_empty_text_is_refused(capsys, script, flag):
+    """It comes of a shell variable that was not set."""
+    with pytest.raises(SystemExit) as refused:
+        script.parse_args([f"{flag}="])
+    assert refused.value.code == 2 and f"argument {flag}: must not be empty" in capsys.readouterr().err
+
+
 RUN = [sys.executable, ROOT / "train.py", *SMALL, "--steps=10", "--save-every=5"]
 FILES = {"checkpoint.pt", "checkpoint_previous.pt", "metrics.csv", "summary.json", "curves.png", "codebook.png"}
 FILES |= {"recon_000005.png", "recon_000010.png"}
