@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import glob
 import hashlib
 import os
 import secrets
@@ -177,9 +178,11 @@ def new_folder(path: str | Path | None) -> Iterator[Path | None]:
     if path is None:
         yield None
         return
-    path = Path(path)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"--out {path} is there already; name a new folder")
+    given, path = path, Path(os.path.realpath(path))  # of a link, where it leads
+    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir()) and not path.samefile(os.curdir)):
+        raise ValueError(f"--out {given} is there already; name a new folder")
+    for left in path.parent.glob(glob.escape(path.name) + TEMPORARY[1:]):
+        say(f"{left} is half of an --out that was killed; delete it, unless one is being written now", error=True)
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         temporary.mkdir(parents=True)

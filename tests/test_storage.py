@@ -387,6 +387,33 @@ def test_new_folder_takes_the_place_of_an_empty_one_alone(tmp_path):
     assert (tmp_path / "empty" / "a").exists()
 
 
+def test_new_folder_follows_a_link(tmp_path):
+    """Also one that leads to no folder yet; that of the working directory, and a link in a circle, are refused."""
+    (tmp_path / "link").symlink_to("target")
+    with new_folder(tmp_path / "link") as folder:
+        (folder / "a").write_text("")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "target" / "a").exists()
+
+
+@pytest.mark.parametrize("name", [".", "loop"])
+def test_new_folder_refuses_what_it_cannot_replace(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    if name == "loop":
+        Path(name).symlink_to(name)
+    with pytest.raises(ValueError, match=f"--out {name} is there already"), new_folder(name):
+        pass
+
+
+def test_half_written_folder_of_a_kill_is_told(tmp_path, capsys):
+    """It is left alone, as another process may be writing it."""
+    left, other = tmp_path / "out[1].0123456789abcdef.tmp", tmp_path / "out[1].mine.tmp"
+    left.mkdir()
+    other.mkdir()
+    with new_folder(tmp_path / "out[1]"):
+        printed = capsys.readouterr().err
+    assert f"{left} is half of an --out that was killed" in printed and str(other) not in printed and left.is_dir()
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs the device that is always full")
 def test_full_disk_names_what_was_written(tmp_path):
     """Also where a library wrote it."""
