@@ -382,10 +382,11 @@ def lock_folder(folder: Path) -> filelock.BaseFileLock:
     lock, owner = filelock.FileLock(folder.resolve() / ".lock", is_singleton=True), folder / ".lock.pid"
     try:
         pid = int(owner.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        pid = None
+        alive = psutil.pid_exists(pid)
+    except (OSError, ValueError, OverflowError):
+        pid, alive = None, True
     # The lock of a killed run goes with its last process, of which some take seconds to see that the first has died.
-    patience = 0 if pid is None or psutil.pid_exists(pid) else 10
+    patience = 0 if alive else 10
     try:
         lock.acquire(timeout=patience)
     except NotImplementedError:

@@ -414,6 +414,11 @@ def test_half_written_folder_of_a_kill_is_told(tmp_path, capsys):
     assert f"{left} is half of an --out that was killed" in printed and str(other) not in printed and left.is_dir()
 
 
+def test_number_of_no_process_is_no_owner(tmp_path):
+    (tmp_path / ".lock.pid").write_text("9" * 20)
+    lock_folder(tmp_path).release()
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs the device that is always full")
 def test_full_disk_names_what_was_written(tmp_path):
     """Also where a library wrote it."""
