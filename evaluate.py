@@ -85,12 +85,15 @@ def evaluate_jpeg(model: VQVAE, images: Images) -> dict[str, float]:
 
     Originals and reconstructions are written at Pillow's default quality, 75, and read back before they are compared.
     Raises:
-        ValueError: scikit-image is not installed.
+        ValueError: scikit-image is not installed, or the images are smaller than its windows.
     """
     try:
         from skimage.metrics import peak_signal_noise_ratio, structural_similarity
     except ImportError:
         raise ValueError("--jpeg needs scikit-image; install requirements-dev.txt") from None
+    height, width = images.shape[-2:]
+    if min(height, width) < 11:
+        raise ValueError(f"--jpeg needs images of 11x11 pixels or more, and these have {width}x{height}; leave it out")
     psnr, ssim, device = [], [], model.mean.device
     order = chunks(len(images), images.shape[-2:])
     for batch in tqdm(batches(images, order, device), "through JPEG", len(order), disable=None):
@@ -124,9 +127,8 @@ def main(args: argparse.Namespace):
         model = load_model(checkpoint, pick_device()[0])
         data = dataset_of(checkpoint, folder, args.data_dir)
         with lock_folder(folder), new_folder(args.out) as out:
-            measured, _ = evaluate(model, data.test_images)
-            if args.jpeg:
-                measured |= evaluate_jpeg(model, data.test_images)
+            through_files = evaluate_jpeg(model, data.test_images) if args.jpeg else {}
+            measured = evaluate(model, data.test_images)[0] | through_files
             if out:
                 write_reconstructions(out, model, data.test_images, checkpoint)
             text = json.dumps({"dataset": data.name, "step": checkpoint["progress"]["step"], **measured}, indent=2)

@@ -152,3 +152,9 @@ def test_missing_scikit_image_is_named(trained_run, tmp_path, capsys, monkeypatc
     printed = refusal(capsys, evaluate, "--run", trained_run, "--jpeg", "--out", tmp_path / "out")
     assert "--jpeg needs scikit-image; install requirements-dev.txt" in printed
     assert not (tmp_path / "out").exists() and not (trained_run / "evaluation.json").exists()
+
+
+def test_jpeg_needs_images_of_a_window(folder, tmp_path, capsys):
+    train(tmp_path / "results", f"--dataset={folder}", "--image-size=10", "--steps=1", "--batch-size=4")
+    printed = refusal(capsys, evaluate, "--run", tmp_path / "results", "--jpeg")
+    assert "--jpeg needs images of 11x11 pixels or more, and these have 10x10" in printed
