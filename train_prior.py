@@ -64,15 +64,17 @@ def main(args: argparse.Namespace):
         model = load_model(vqvae, run.device)
         codes = load_codes(run, model, vqvae)
         train, _ = held_out_split(codes["train"])
+        if not len(train):
+            raise ValueError("a prior needs 2 training images or more, of which it holds out one; the run has 1")
         shape = {
             "codebook_size": vqvae["args"]["codebook_size"],
             "grids": codes["grids"],
             "classes": len(codes["class_names"]),
         }
         check_memory(lambda: build_prior(vars(args), shape, model), run.device)
+        run.begin(len(train), f"images of {codes['dataset']} as codes", **trained_on(vqvae), shape=shape)
         if run.checkpoint:
             load_prior(run.checkpoint, model)  # or its best weights would be kept, and not fit
-        run.begin(len(train), f"images of {codes['dataset']} as codes", **trained_on(vqvae), shape=shape)
 
     # Model and optimizers: with Muon, the blocks' matrices learn in a third of the steps that AdamW needs
     torch.manual_seed(args.seed)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, ended, refusal, same_state, train_prior
+from conftest import TINY, ended, refusal, same_state, save, train, train_prior
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import sample
@@ -280,3 +280,19 @@ def test_samples_while_training_are_drawn_without_dropout(trained_run, monkeypat
 def test_prior_trains_with_dropout_after_a_report(trained_run, trained_on):
     train_prior(trained_run, "--steps=4", "--save-every=2")
     assert len(trained_on) == 4
+
+
+def test_single_training_image_is_refused(capsys, tmp_path):
+    for name in "ab":
+        save(tmp_path / "photos" / f"{name}.png")
+    train(tmp_path / "run", f"--dataset={tmp_path / 'photos'}", "--steps=1", "--batch-size=1")
+    assert "needs 2 training images or more" in refusal(capsys, script, "--run", tmp_path / "run", *TINY)
+
+
+def test_prior_of_another_run_makes_way(prior_run, scales_run, tmp_path, capsys):
+    """Also one of other sizes that has steps left."""
+    folder = shutil.copytree(scales_run, tmp_path / "scales")
+    shutil.copy(prior_run / "prior.pt", folder)
+    train_prior(folder, "--steps=8", "--save-every=4")
+    assert "its vqvae, vqvae_step, shape changed" in capsys.readouterr().out
+    assert load_run(folder)[1].grids == [(1, 1), (2, 2), (4, 4), (7, 7)]
