@@ -406,8 +406,14 @@ class Run:
             return
         path = self.folder / METRICS[self.name]
         row = {"step": self.step} | {k: printable(v) if isinstance(v, str) else v for k, v in row.items()}
+        header = ",".join(row) + "\n"
         if not path.exists():
-            storage.write_whole(path, ",".join(row) + "\n")
+            storage.write_whole(path, header)
+        elif self.logged <= self._first:  # the first row since the run goes on
+            with open(path, encoding="utf-8", errors="replace") as file:
+                found = file.read(len(header))
+            if found != header:
+                raise storage.Damaged(f"{path} has other columns than this run; move it away")
         storage.append_row(path, list(row.values()))
         numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
         if self.writer:

@@ -621,3 +621,13 @@ def test_scripts_respect_the_lock_of_a_run(generating_run, capsys):
             printed = refusal(capsys, call, f"--run={generating_run}")
             assert f"another run, process {process.pid}, is writing into {generating_run}" in printed
         assert {path.name for path in generating_run.iterdir()} == before
+
+
+def test_metrics_of_another_run_are_refused(trained_run, capsys):
+    """Rows of this run would stand under that run's names."""
+    (trained_run / "metrics.csv").write_text("step,loss\n5,1.0\n")
+    with pytest.raises(SystemExit) as ended:
+        script.main(script.parse_args([f"--resume={trained_run}", "--steps=31"]))
+    assert ended.value.code == 1
+    assert f"{trained_run / 'metrics.csv'} has other columns than this run; move it away" in capsys.readouterr().err
+    assert (trained_run / "metrics.csv").read_text() == "step,loss\n5,1.0\n"
