@@ -91,7 +91,9 @@ LIMIT = 240  # seconds; pytest itself ends a test that takes 900, and would leav
 
 
 def environment(**variables):
-    return os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])} | variables
+    """Return the variables of a program under test; its output is buffered, whatever this shell asks of Python."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
+    return os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": ""} | variables
 
 
 def ended(command, **options):

@@ -73,6 +73,13 @@ def test_mistake_is_one_line(capsys, error, code):
     assert ("a mistake" if code == 2 else "interrupted") in printed
 
 
+def test_control_characters_reach_no_terminal(capsys):
+    """Those of a file's name could move its cursor, or add a line; letters of any language stay."""
+    with pytest.raises(SystemExit), user_errors():
+        raise ValueError("no é\x1b[2J\nb")
+    assert capsys.readouterr().err.endswith("error: no é\\x1b[2J\\nb\n")
+
+
 def test_bug_of_ours_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError), user_errors():
         1 / 0  # noqa: B018
