@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 
 from harness.data import to_pixels
-from harness.storage import PRIOR, load_checkpoint
+from harness.storage import PRIOR, load_checkpoint, read_state, write_state
 
 import export
 import pytest
@@ -46,6 +46,14 @@ def test_exported_checkpoints_hold_weights_alone(prior_run, tmp_path):
         assert (out / f"{name}.pt").stat().st_size < (prior_run / f"{name}.pt").stat().st_size / 2
 
 
+def test_exported_prior_is_the_best_not_the_last(generating_run, tmp_path):
+    state, _ = read_state(generating_run / "prior.pt")
+    state["model"] = {name: torch.zeros_like(value) for name, value in state["model"].items()}
+    write_state(generating_run / "prior.pt", state)
+    out = keep(generating_run, tmp_path / "kept")
+    assert torch.equal(*(sample.sample(*sample.load_run(run), seed=1) for run in (generating_run, out)))
+
+
 @pytest.mark.parametrize("half", [["prior"], ["checkpoint", "prior"]])
 def test_too_large_weights_become_float16(prior_run, tmp_path, monkeypatch, capsys, half):
     """First those of the prior, which are the most; a folder of exactly the limit is small enough."""
@@ -71,9 +79,9 @@ def test_weights_beyond_the_limit_leave_nothing(prior_run, tmp_path, monkeypatch
 def test_training_refuses_an_exported_folder(prior_run, tmp_path, capsys, flags):
     out = keep(prior_run, tmp_path / "kept")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    for own, name in ((script, "--out-dir"), (prior_script, "--run")):
+    for own, *named in ((script, "--dataset=digits", f"--out-dir={out}"), (prior_script, f"--run={out}")):
         with pytest.raises(SystemExit, match="2"):
-            own.main(own.parse_args([f"{name}={out}", "--device=cpu", *flags]))
+            own.main(own.parse_args([*named, "--device=cpu", "--steps=1", *flags]))
         error = capsys.readouterr().err
         assert "holds weights to use, not to train on" in error and error.count("\n") == 1
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
