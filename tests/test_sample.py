@@ -36,6 +36,15 @@ def test_samples_differ_by_class(prior_run):
     assert len(images.flatten(1).unique(dim=0)) > 2
 
 
+def test_dropout_changes_no_sample(prior_run):
+    """And a prior in train mode is in train mode afterwards."""
+    model, prior = load_run(prior_run)
+    for block in prior.blocks:
+        block.dropout = 0.9
+    expected = sample(model, prior, num=10)
+    assert torch.equal(sample(model, prior.train(), num=10), expected) and prior.training
+
+
 @pytest.fixture
 def drawn(monkeypatch):
     """The pictures drawn so far: path, rows and title of each."""
@@ -65,6 +74,16 @@ def test_few_large_images_are_drawn_at_once(prior_run, monkeypatch):
     monkeypatch.setattr(data, "CHUNK_PIXELS", 3 * 28 * 28 + 1)
     assert sample(*load_run(prior_run), num=10).shape == (10, 1, 28, 28)
     assert [len(codes) for codes in drawn] == [3, 3, 3, 1]
+
+
+def test_each_chunk_goes_on_from_its_codes(prior_run, monkeypatch):
+    """All codes are given: the images are those of these codes, however few are drawn at once."""
+    model, prior = load_run(prior_run)
+    codes = torch.randint(prior.codebook_size, (10, prior.length))
+    whole = sample_script.draw(model, prior, torch.arange(10), given=codes)
+    monkeypatch.setattr(data, "CHUNK_PIXELS", 3 * 28 * 28)
+    chunked = sample_script.draw(model, prior, torch.arange(10), given=codes)
+    assert (chunked.int() - whole.int()).abs().max() <= 1  # batches of another size may round differently
 
 
 def test_no_class_is_left_out_whatever_the_number(prior_run):
