@@ -4,11 +4,12 @@ import shutil
 
 from harness import data
 from harness.data import load_dataset, to_pixels
-from harness.storage import load_checkpoint, read_state
+from harness.storage import load_checkpoint, read_state, write_state
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import refusal, save, train, train_prior
 from PIL import Image
 
@@ -142,6 +143,16 @@ def test_prior_of_another_vqvae_is_refused(capsys, generating_run, tmp_path):
     assert "belongs to another VQ-VAE, of step 30, than the one there, of step 1; train it anew" in printed
 
 
+@pytest.mark.parametrize("classes", [9, 11])
+def test_prior_of_other_classes_is_refused(capsys, generating_run, classes):
+    """Even if its weights fit what it says of itself."""
+    state, _ = read_state(generating_run / "prior.pt")
+    state["identity"]["shape"]["classes"], weights = classes, state["best"]["model"]
+    weights["label.weight"] = F.pad(weights["label.weight"], (0, 0, 0, classes - 10))
+    write_state(generating_run / "prior.pt", state)
+    assert "one of other codes; train it anew" in refusal(capsys, sample_script, "--run", generating_run)
+
+
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
@@ -253,6 +264,7 @@ def test_completions_belong_to_their_image(generating_run, drawn, monkeypatch, t
     """The sampler here adds code 0 to the given ones, so that each completion is known."""
 
     def generate(prior, labels, given, **_):
+        assert (labels == prior.classes).all()  # any class
         return torch.cat([given, given.new_zeros(len(given), prior.length - given.shape[1])], 1)
 
     monkeypatch.setattr(sample_script, "generate", generate)
