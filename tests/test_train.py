@@ -17,6 +17,7 @@ from torchvision import datasets
 import evaluate
 import train as script
 from model import build_model, load_model
+from muon import Muon
 from quantizer import VectorQuantizer
 
 COLUMNS = "step,recon_loss,codebook_loss,commitment_loss,codes_used,perplexity,test_mse,dataset"
@@ -107,6 +108,33 @@ def test_losses_are_weighed_as_in_the_paper(tmp_path):
     x_recon = model(x).x_recon
     expected = torch.nn.functional.mse_loss((x_recon - mean) / std, (x - mean) / std)
     assert float(rows(tmp_path / "0")[0]["recon_loss"]) == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_steps_are_those_of_the_formulas(tmp_path):
+    """Two of them: each optimizer's weights, learning rate and decay, and gradients of one step alone."""
+    flags = ["--no-kmeans-start", "--revive-below=0", "--precision=float32", "--beta=0.7"]
+    train(tmp_path, "--steps=2", *flags)
+    torch.manual_seed(0)
+    data = load_dataset("digits")
+    args = script.parse_args([*SMALL, *flags, "--downsample=4"])
+    model = build_model(vars(args), (1, 28, 28), mean=data.mean, std=data.std).to(memory_format=torch.channels_last)
+    kernels, biases = ([p for p in model.parameters() if p.ndim == ndim] for ndim in (4, 1))
+    muon = Muon(kernels, torch.float32, weight_decay=0.0)
+    adam = torch.optim.Adam([{"params": biases}, {"params": model.levels[0].quantizer.codebook}], betas=(0.9, 0.99))
+    for step, share in ((0, 1.0), (1, 0.5)):  # half a cosine
+        for group, highest in zip(muon.param_groups + adam.param_groups, (0.3 / 2**0.5, 0.3 / 2**0.5, 0.04)):
+            group["lr"] = highest * share
+        x = to_pixels(data.train_images[batch_indices(1500, 16, 0, step)], torch.device("cpu"))
+        x_recon, [quantized] = model(x)
+        recon_loss = torch.nn.functional.mse_loss(x_recon / data.std, x / data.std)
+        loss = recon_loss + quantized.codebook_loss + 0.7 * quantized.commitment_loss
+        for parameter, gradient in zip(model.parameters(), torch.autograd.grad(loss, [*model.parameters()])):
+            parameter.grad = gradient
+        muon.step()
+        adam.step()
+    trained = load_checkpoint(tmp_path)["model"]
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(trained[name], parameter.detach(), rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_reconstructions_are_of_the_same_images(tmp_path, monkeypatch):
