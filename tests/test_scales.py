@@ -181,6 +181,21 @@ def test_indices_do_not_depend_on_autocast():
     assert all(map(torch.equal, mixed.indices, quantizer.encode(z_e.float()))) and mixed.z_q.dtype == torch.bfloat16
 
 
+def test_sums_do_not_depend_on_autocast():
+    quantizer = make(SCALES[1])
+    indices = quantizer.encode(vectors(SCALES[1]))
+    expected = quantizer.lookup(indices)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(quantizer.lookup(indices), expected)
+
+
+def test_convolutions_start_as_the_identity():
+    quantizer = MultiScaleQuantizer(SCALES[1], K, D, kmeans_start=False)
+    chosen = torch.randint(K, (3, 2, 2))
+    expected = F.interpolate(quantizer.codebook[chosen].movedim(-1, 1), (7, 7), mode="bilinear")
+    torch.testing.assert_close(quantizer.lookup([None, chosen]), expected)
+
+
 def test_empty_batch_has_zero_losses():
     quantizer = make(SCALES[1])
     z_q, indices, codebook_loss, commitment_loss = quantizer(torch.zeros(0, D, 7, 7))
@@ -241,6 +256,12 @@ def test_auto_means_powers_of_two(grid, expected):
 
 def test_scales_are_read_as_typed():
     assert parse_scales("1,2x3,4", (4, 4)) == [(1, 1), (2, 3), (4, 4)]
+
+
+@pytest.mark.parametrize("text", ["1,3x4", "1,2x5"])
+def test_last_scale_is_the_whole_grid(text):
+    with pytest.raises(ValueError, match="the last scale must be the grid of codes, 3x5"):
+        parse_scales(text, (3, 5))
 
 
 def test_run_leaves_pictures_and_measurements(scales_run):
