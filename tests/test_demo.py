@@ -108,7 +108,7 @@ def test_palette_neighbours_look_alike(two_levels):
 
 def test_large_codebook_shows_its_most_used(two_levels, monkeypatch):
     monkeypatch.setattr(demo, "PALETTE", 4)
-    monkeypatch.setattr(two_levels.levels[0].quantizer, "ema_counts", torch.arange(16.0))
+    monkeypatch.setitem(two_levels.levels[0].quantizer._buffers, "ema_counts", torch.arange(16.0))
     codes, patches = demo.make_palette(two_levels, random_levels(two_levels), 0)
     assert sorted(codes) == [12, 13, 14, 15] and len(patches) == 4
 
