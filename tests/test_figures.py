@@ -89,6 +89,20 @@ def test_each_levels_codes_alone_come_below(tmp_path, drawn):
     assert [name for name, _ in labels_of(drawn[0].axes[0])] == names
 
 
+def test_reconstructions_are_those_of_eval_mode(tmp_path, drawn):
+    """In train mode, residuals of scales are other ones until the codebook has its start."""
+    model = make(3, (16, 16), scales="1,2,4").train()
+    images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
+    figures.save_reconstructions(tmp_path / "recon.png", model, images, "title")
+    indices = model.eval().encode(to_pixels(images, "cpu"))
+    expected = [model.decode(indices[: n + 1]).detach() for n in range(3)]
+    assert all(map(same_images, read_grid(tmp_path / "recon.png", drawn[0], 16, 16)[1:], expected))
+
+
+def test_psnr_is_in_decibels():
+    assert figures.psnr(torch.full((3, 4, 4), 0.6), torch.full((3, 4, 4), 0.5)) == pytest.approx(20, abs=1e-4)
+
+
 def test_reconstructions_are_few_enough_to_see(tmp_path, drawn):
     images = torch.randint(0, 256, (100, 1, 8, 8), dtype=torch.uint8)
     figures.save_reconstructions(tmp_path / "recon.png", make(), images, "title")
@@ -161,6 +175,7 @@ def test_curves_are_the_columns_they_name(tmp_path, drawn, levels):
     write_csv(tmp_path / "metrics.csv", columns | {"dataset": ["digits"] * 3})
     figures.save_curves(tmp_path / "curves.png", tmp_path / "metrics.csv", "title")
     assert [curves(ax) for ax in drawn[0].axes] == expected
+    assert [ax.get_yscale() for ax in drawn[0].axes] == ["log", "log", "linear"]
     assert [ax.get_title() for ax in drawn[0].axes] == [
         "training losses (unweighted)",
         "test MSE, pixels in [0, 1]",
