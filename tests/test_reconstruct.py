@@ -69,6 +69,15 @@ def drawn(monkeypatch):
 # The picture
 
 
+def test_picture_shows_the_first_ten_images(trained_run, drawn, tmp_path, capsys):
+    for i in range(12):
+        save(tmp_path / "mine" / f"{i:02d}.png", (28, 28), "L")
+    run(trained_run, tmp_path / "mine")
+    assert "with the first 10 of 12 images" in capsys.readouterr().out
+    [figure] = (call for call in drawn if not isinstance(call, tuple))
+    assert [ax.get_title() for ax in figure.axes[::3]] == [f"{i:02d}" for i in range(10)]  # original, codes, image
+
+
 def test_picture_shows_original_codes_and_reconstruction(trained_run, drawn, tmp_path):
     """With the indices written in the grid, and each image's own PSNR."""
     images = load_dataset("digits").test_images[:2]
@@ -195,7 +204,7 @@ def test_full_size_beyond_the_memory_is_refused(capsys, trained_run, tmp_path, m
 def test_full_size_images_may_differ_in_size(other_run, tmp_path, capsys):
     """But not in one codes.npz."""
     for i in range(3):
-        save(tmp_path / "mine" / f"{i}.png", shape=(10 + i, 20))
+        save(tmp_path / "mine" / f"{i}.png", shape=(10 + i % 2, 20))
     run(other_run, tmp_path / "mine", "--full-size")
     before = everything(other_run)
     printed = refusal(
