@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import copy
 import io
 import math
 import shutil
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, environment, started, train
+from conftest import ROOT, environment, far_from_zero, started, train
 from PIL import Image
 
 import demo
@@ -135,6 +136,12 @@ def test_back_undoes_each_change(page):
     assert torch.equal(edit.levels[0], before)
 
 
+def test_choice_stays_within_the_grid(page):
+    """Whatever position a request names."""
+    edit = demo.edit_image(page.model, page.examples[0])
+    assert [demo.choose(edit, 0, position).chosen for position in (-1, 48, 49)] == [(0,), (48,), (48,)]
+
+
 def test_each_level_keeps_its_choice(two_levels):
     edit = demo.edit_image(two_levels, torch.zeros(3, 28, 30, dtype=torch.uint8))
     edit = demo.replace_code(demo.choose(demo.choose(edit, 0, 1), 1, 7), 0, 9)
@@ -178,9 +185,12 @@ def test_upload_is_deleted_once_read(tmp_path):
     assert demo.take(str(tmp_path / "photo.png")) == b"content" and not list(tmp_path.iterdir())
 
 
-def test_new_images_are_those_of_sample(page):
-    levels = demo.draw(page.model, page.prior, 3, 7, seed=5, temperature=0.9)
-    expected = sample.sample(page.model, page.prior, 3, [7], seed=5, temperature=0.9)
+@pytest.mark.parametrize("chosen, label", [(0, 0), (7, 7), (-1, 10)])
+def test_new_images_are_those_of_sample(page, chosen, label):
+    """Of ten classes or, by -1, of any; the classes of this prior differ."""
+    prior = far_from_zero(copy.deepcopy(page.prior))
+    levels = demo.draw(page.model, prior, 3, chosen, seed=5, temperature=0.9)
+    expected = sample.draw(page.model, prior, torch.full((3,), label), seed=5, temperature=0.9)
     assert torch.equal(demo.render(page.model, levels), expected)
 
 
@@ -216,6 +226,12 @@ def test_page_changes_and_shows_every_scale(scales_run):
         with torch.no_grad():
             expected = model.decode([codes[None] for codes in edit.levels[: level + 1]])
         assert demo.data_url(demo.png((expected[0] * 255).round().to(torch.uint8))) in shown
+    assert [shown.count("disabled") for shown in demo.show_kept(page, edit.levels, 5)] == [0, 0, 16, 49]
+
+
+def test_names_are_shown_as_text():
+    """Of a folder or a class, say: they are no HTML."""
+    assert demo.sentence("<b> & c") == "<p>&lt;b&gt; &amp; c</p>" and "<b>" not in demo.figure("", "<b>")
 
 
 def test_left_out_codes_are_blank(page):
@@ -268,7 +284,7 @@ def test_missing_gradio_is_one_line(monkeypatch, capsys):
     assert "pip install -r requirements-demo.txt" in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("host, warned", [("127.0.0.1", False), ("0.0.0.0", True)])
+@pytest.mark.parametrize("host, warned", [("127.0.0.1", False), ("::1", False), ("0.0.0.0", True), ("::", True)])
 def test_open_host_warns(tmp_path, monkeypatch, capsys, host, warned):
     monkeypatch.setattr(demo, "gr", object())
     with pytest.raises(SystemExit, match="2"):  # the folder holds no run
