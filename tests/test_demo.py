@@ -248,16 +248,29 @@ def test_page_opens_without_prior_and_images(finished_run, tmp_path):
     assert "test images" not in page.missing
 
 
-@pytest.mark.filterwarnings("ignore")  # of gradio's own
-def test_page_without_prior_says_how(finished_run):
+@pytest.fixture
+def app(finished_run):
+    """The page of a run without a prior, which nobody serves."""
     pytest.importorskip("gradio", reason="gradio is not installed")
 
     async def build():  # in a running event loop, without which gradio makes some and never closes them
         return demo.build(demo.load_page(str(finished_run)), str(finished_run))
 
-    app = asyncio.run(build())
+    return asyncio.run(build())
+
+
+@pytest.mark.filterwarnings("ignore")  # of gradio's own
+def test_page_without_prior_says_how(app):
     texts = [str(component["props"].get("value")) for component in app.get_config_file()["components"]]
     assert sum("first train a prior: python" in text for text in texts) == 2
+
+
+@pytest.mark.filterwarnings("ignore")  # of gradio's own
+def test_clicks_are_answered_one_after_another(app):
+    """In a browser they would have to come within milliseconds to be mixed up."""
+    clicks = [function for function in app.fns.values() if function.targets]
+    assert len(clicks) > 5 and {function.concurrency_limit for function in clicks} == {1}
+    assert len({function.concurrency_id for function in clicks}) == 1
 
 
 def test_lost_test_images_are_replaced(folder, tmp_path):
