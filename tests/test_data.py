@@ -2,6 +2,7 @@ import gzip
 import hashlib
 import pickle
 import shutil
+import socket
 import struct
 
 from harness import data
@@ -14,6 +15,7 @@ from harness.data import (
     load_dataset,
     random_flip,
     to_pixels,
+    to_uint8,
 )
 from harness.folder import count_pixels
 
@@ -56,8 +58,10 @@ def test_mnist_is_uint8_with_its_own_test_split(mnist, tmp_path):
 
 
 def test_missing_data_without_network_is_unavailable(mnist, tmp_path):
+    before = socket.getdefaulttimeout()
     with pytest.raises(Unavailable, match="mnist is not in .* and cannot be downloaded"):
         load_dataset("mnist", tmp_path / "elsewhere")
+    assert socket.getdefaulttimeout() == before
 
 
 def damage(path, how):
@@ -188,6 +192,16 @@ def test_channel_stats_are_those_of_numpy():
 def test_pixels_are_in_0_to_1():
     images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1, 1)
     assert to_pixels(images, torch.device("cpu")).flatten().tolist() == pytest.approx([0, 0.2, 1])
+
+
+def test_pixels_are_rounded_to_levels():
+    x = torch.tensor([0, 0.4, 0.6, 254.4, 254.6, 255]) / 255
+    assert to_uint8(x).tolist() == [0, 0, 1, 254, 255, 255]
+
+
+def test_images_of_one_level_can_be_normalised():
+    mean, std = channel_stats(count_pixels(torch.full((5, 1, 4, 4), 51, dtype=torch.uint8)))
+    assert mean.item() == pytest.approx(0.2) and std.item() == pytest.approx(1e-3)
 
 
 @pytest.fixture

@@ -8,7 +8,15 @@ import zlib
 
 from harness import folder as folders
 from harness import machine
-from harness.data import batch_indices, batches, channel_stats, dataset_of, load_dataset, write_listing
+from harness.data import (
+    batch_indices,
+    batches,
+    channel_stats,
+    dataset_of,
+    load_dataset,
+    load_training_data,
+    write_listing,
+)
 from harness.folder import ImageFiles, count_pixels, decode, resize_and_crop, walk
 
 import numpy as np
@@ -17,6 +25,8 @@ import torch
 from conftest import save
 from PIL import EpsImagePlugin, Image
 from torchvision.transforms.functional import resize
+
+import train as script
 
 
 def load(folder, **options):
@@ -47,6 +57,7 @@ def test_same_tenth_is_held_out_without_test_folder(tmp_path, flat):
     assert len(first.train_images) == 45 and len(first.test_images) == 5
     assert torch.equal(first.test_images, again.test_images)
     assert (first.train_labels is None) == flat
+    assert first.class_names == (None if flat else ["class0", "class1", "class2"])
     both = torch.cat([first.train_images, first.test_images]).flatten(1)
     assert len(both.unique(dim=0)) == 50
     shutil.move(tmp_path, tmp_path.with_name("moved"))
@@ -226,6 +237,14 @@ def test_names_in_another_encoding_are_read(tmp_path):
     assert len(load(tmp_path / "photos", cache=tmp_path / "images.pt").train_images) == 9
 
 
+def test_images_are_walked_in_the_order_of_names(tmp_path):
+    """Whatever the order of the file system, which tells files before folders here."""
+    paths = [tmp_path / name for name in ("a/y.png", "a/z.png", "b.png", "c/x.png")]
+    for path in reversed(paths):
+        save(path)
+    assert walk(tmp_path) == paths
+
+
 def test_circular_links_count_no_image_twice(folder):
     (folder / "train" / "again").symlink_to(folder / "train")
     assert len(load(folder).train_images) == 20
@@ -314,6 +333,20 @@ def test_changed_folder_is_not_the_runs(folder, tmp_path):
         dataset_of(run, tmp_path)
     found = "1 added (train/cat/new.png ...), 1 removed (train/cat/0.png ...), 1 changed (test/dog/1.png ...)"
     assert str(refused.value).endswith(found)
+
+
+def test_run_keeps_its_background_and_its_gaps(tmp_path):
+    """Those of its flags: when it loads its images, and when another script loads them again."""
+    for i in range(10):
+        save(tmp_path / "photos" / f"{i}.png", mode="RGBA")
+    (tmp_path / "photos" / "bad.png").write_bytes(b"")
+    flags = [f"--dataset={tmp_path / 'photos'}", f"--out-dir={tmp_path}", "--background=black", "--skip-bad-images"]
+    args = script.parse_args(flags)
+    expected = load(tmp_path / "photos", background="black", skip_bad_images=True)
+    loaded = load_training_data(args)
+    again = dataset_of({"args": vars(args), "identity": {"images": loaded.digest}}, tmp_path)
+    for found in (loaded, again):
+        assert len(found.train_images) == 9 and torch.equal(found.train_images, expected.train_images)
 
 
 # Every kind of image
@@ -421,6 +454,20 @@ def test_turned_tiff_has_its_size(tmp_path):
     both = torch.cat([data.train_images, data.test_images]).numpy()
     assert both.shape == (4, 3, 16, 12)
     assert any(np.array_equal(image, np.rot90(pixels, -1).transpose(2, 0, 1)) for image in both)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_header_has_the_size_of_the_image(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    save(tmp_path / "a.jpg", shape=(12, 16), exif=exif)
+    height, width, _ = folders.read_header(tmp_path / "a.jpg", "white")
+    assert (3, height, width) == decode(tmp_path / "a.jpg", 3, None).shape
+
+
+def test_sixteen_bits_are_rounded(tmp_path):
+    Image.fromarray(np.array([[0, 128, 129, 65406, 65407, 65535]], np.uint16)).save(tmp_path / "a.png")
+    assert decode(tmp_path / "a.png", 1, None).flatten().tolist() == [0, 0, 1, 254, 255, 255]
 
 
 @pytest.mark.parametrize("values", [[0, 2.0], [-1.0, 1], [0, np.nan]])
