@@ -5,7 +5,7 @@ import json
 import shutil
 import sys
 
-from harness.data import load_dataset, to_pixels
+from harness.data import batch_indices, load_dataset, to_pixels
 from harness.storage import load_checkpoint, read_checkpoint, read_state
 
 import numpy as np
@@ -18,7 +18,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import sample
 import train as vqvae_script
 import train_prior as script
-from prior import Prior
+from model import load_model
+from muon import Muon
+from prior import Prior, build_prior
 from sample import load_run
 
 
@@ -185,6 +187,36 @@ def test_prior_of_two_processes_is_that_of_one(finished_run, tmp_path):
         assert a.keys() == b.keys()
         for name in a:
             assert float(a[name] or 0) == pytest.approx(float(b[name] or 0), rel=1e-4)
+
+
+def test_steps_are_those_of_the_formulas(trained_run):
+    """Two of them: each optimizer's weights, learning rate and decay, and gradients of one step alone."""
+    flags = ["--steps=2", "--dropout=0", "--precision=float32", "--seed=1", "--weight-decay=10"]
+    train_prior(trained_run, *flags)
+    model, codes = load_model(load_checkpoint(trained_run)), read_state(trained_run / "codes.pt")[0]
+    rows, _ = script.held_out_split(codes["train"])
+    torch.manual_seed(1)
+    shape = {"codebook_size": 32, "grids": [(7, 7)], "classes": 10}
+    prior = build_prior(vars(script.parse_args([*TINY, *flags])), shape, model)
+    prior.start_from_codebooks([model.levels[0].quantizer.codebook.detach()])
+    matrices = [p for name, p in prior.named_parameters() if name.startswith("blocks") and p.ndim == 2]
+    others = [p for name, p in prior.named_parameters() if not (name.startswith("blocks") and p.ndim == 2)]
+    muon, adamw = Muon(matrices, torch.float32, weight_decay=10), torch.optim.AdamW(others, weight_decay=10)
+    for step, share in ((0, 1.0), (1, 0.5)):  # half a cosine
+        muon.param_groups[0]["lr"], adamw.param_groups[0]["lr"] = 1e-2 * share, 6e-3 * share
+        adamw.param_groups[0]["betas"] = (0.9, 0.95)
+        batch = rows[batch_indices(len(rows), 16, 1, step)]
+        labels = torch.where(torch.rand(16) < 0.1, 10, batch[:, 0])
+        loss = F.cross_entropy(prior(batch[:, 1:], labels).flatten(0, 1), batch[:, 1:].flatten())
+        gradients = torch.autograd.grad(loss, [*prior.parameters()])
+        norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+        for parameter, gradient in zip(prior.parameters(), gradients):
+            parameter.grad = gradient / norm.clamp(min=1)
+        muon.step()
+        adamw.step()
+    trained = load_checkpoint(trained_run, "prior")["model"]
+    for name, parameter in prior.named_parameters():
+        torch.testing.assert_close(trained[name], parameter.detach(), rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_gradients_are_clipped_to_a_norm_of_one(trained_run, monkeypatch):
