@@ -3,7 +3,9 @@
 import logging
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import zlib
 
 from harness import folder as folders
@@ -20,6 +22,7 @@ from harness.data import (
 from harness.folder import ImageFiles, count_pixels, decode, resize_and_crop, walk
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import save
@@ -264,6 +267,19 @@ def test_image_resized_while_training_is_named(folder):
     save(path, shape=(20, 20))
     with pytest.raises(OSError, match="has changed its size to 20x20 pixels"):
         list(batches(data.train_images, torch.arange(20).split(5), torch.device("cpu")))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals reach processes as Unix sends them")
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signals_to_workers_cost_no_image(folder, signum):
+    """They reach all processes of a job; what to do is for the one that asked for the images."""
+    order, others = torch.arange(20).repeat(20).split(2), psutil.Process().children()
+    stream = batches(load(folder, memory_limit=0).train_images, order, torch.device("cpu"))
+    count = sum(len(next(stream)) for _ in range(8))  # of each worker one at least: all have started
+    workers = [process for process in psutil.Process().children() if process not in others]
+    for worker in workers:
+        worker.send_signal(signum)
+    assert workers and count + sum(map(len, stream)) == 400
 
 
 def test_unwritable_cache_does_not_stop_loading(folder, tmp_path, capsys):
