@@ -94,6 +94,23 @@ def test_held_out_images_are_never_trained_on(generating_run, trained_on):
     assert seen == to_train and others - to_train
 
 
+def test_held_out_images_are_of_all_classes():
+    """Those of a folder come class by class: here ten of 100 images."""
+    rows = torch.arange(1000)[:, None]
+    train_rows, held_out = script.held_out_split(rows)
+    assert torch.equal(torch.cat([train_rows, held_out]).sort(0).values, rows) and len(held_out) == 50
+    assert len((held_out // 100).unique()) == 10 and torch.equal(script.held_out_split(rows)[1], held_out)
+
+
+def test_logged_means_are_those_of_the_interval(trained_run, tmp_path):
+    """Those that end at a save, too."""
+    pairs = shutil.copytree(trained_run, tmp_path / "pairs")
+    train_prior(trained_run, "--steps=4", "--log-every=1", "--precision=float32")
+    train_prior(pairs, "--steps=4", "--save-every=2", "--precision=float32")
+    each, means = ([float(row["train_nats"]) for row in lines(folder)] for folder in (trained_run, pairs))
+    assert means == pytest.approx([sum(each[:2]) / 2, sum(each[2:]) / 2], rel=1e-5)
+
+
 def test_codes_are_kept_until_checkpoint_changes(generating_run):
     def written():
         return (generating_run / "codes.pt").stat().st_mtime_ns
