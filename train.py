@@ -60,7 +60,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     help = "highest learning rate of encoder and decoder; by default 0.3 / sqrt(steps)"
     group.add_argument("--lr", type=rate, help=help)
     group.add_argument("--codebook-lr", type=rate, default=4e-2, help="highest learning rate of the codes")
-    add_run_flags(parser, steps=10_000, batch_size=32)
+    add_run_flags(parser, steps=8000, batch_size=48)
     return parse_run_args(parser, argv, CHECKPOINT)
 
 

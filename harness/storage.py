@@ -19,7 +19,7 @@ import filelock
 import psutil
 import torch
 
-FORMAT = 4
+FORMAT = 5
 CHECKPOINT, PRIOR = "checkpoint", "prior"
 SCRIPTS = {CHECKPOINT: "train.py", PRIOR: "train_prior.py"}  # which script writes which
 IMAGE_CACHE = "images.pt"  # decoded images of a folder; they outlive a run, so that the next one finds them

@@ -130,7 +130,7 @@ def test_step_time_is_that_of_plain_steps(monkeypatch):
     )
     monkeypatch.setattr(Run, "log", lambda run, *row: (time.sleep(1), log(run, *row))[1])
     flags = ["--dataset=digits", "--width=4", "--blocks=1", "--codebook-size=8", "--log-every=4", "--batch-size=4"]
-    measured = machine_limit.timed(argparse.Namespace(data_dir=""), 8, *flags)
+    measured = machine_limit.timed(argparse.Namespace(data_dir="data"), 8, *flags)
     assert 0.02 < measured["seconds_of_a_step"] < 0.5 and measured["longest"] > 1
     assert 0.4 < measured["no_step"] < 1  # two seconds of logging, and measuring and drawing, beside a second of steps
 
@@ -139,7 +139,7 @@ def test_profile_names_the_operations(monkeypatch):
     monkeypatch.setattr(machine_limit, "FIRST", 1)
     monkeypatch.setattr(machine_limit, "PROFILED", 2)
     flags = ["--dataset=digits", "--width=4", "--blocks=1", "--codebook-size=8", "--batch-size=4"]
-    shares = machine_limit.profiled(argparse.Namespace(data_dir=""), *flags)
+    shares = machine_limit.profiled(argparse.Namespace(data_dir="data"), *flags)
     assert len(shares) == 12 and 0.5 < sum(shares.values()) <= 1
     assert any("convolution" in name for name in shares) and "outside of operations" in shares
 

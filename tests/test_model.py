@@ -9,7 +9,7 @@ import torch
 
 import evaluate
 import train
-from model import VQVAE, Decoder, Encoder, ResidualBlock, build_model, load_model, named
+from model import VQVAE, Decoder, Encoder, PixelShuffle, ResidualBlock, build_model, load_model, named
 
 
 def make(channels=1, size=(28, 28), **options):
@@ -35,6 +35,13 @@ def test_reconstructions_have_the_shape_of_images(channels, size):
 def test_residual_block_starts_as_the_identity():
     x = torch.randn(2, 8, 5, 5)
     assert torch.equal(ResidualBlock(8)(x), x)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_pixel_shuffle_matches_torch_but_for_channels(memory_format):
+    x = torch.randn(2, 12, 3, 5).to(memory_format=memory_format)
+    reordered = x.unflatten(1, (4, 3)).transpose(1, 2).flatten(1, 2)
+    assert torch.equal(PixelShuffle()(x), torch.nn.PixelShuffle(2)(reordered))
 
 
 @pytest.mark.parametrize("levels", [1, 2])

@@ -326,7 +326,7 @@ def test_images_need_be_neither_square_nor_grey(tmp_path):
         (["--scales=0,7"], "must be auto, or sizes from coarse to fine"),
         (["--scales=fine"], "must be auto, or sizes from coarse to fine"),
         (["--scales=1,7", "--levels=2"], "--levels 2 and --scales exclude each other"),
-        (["--scales="], "must be auto, or sizes from coarse to fine"),
+        (["--scales="], "argument --scales: must not be empty"),
     ],
 )
 def test_bad_scales_end_with_one_line(capsys, tmp_path, flags, message):
