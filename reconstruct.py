@@ -226,7 +226,8 @@ def read_codes(path: Path, model: VQVAE, checkpoint: dict) -> tuple[list[str], l
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             names, (height, width) = file["names"].tolist(), map(int, file["image_size"])
             size, digest = (height, width), str(file["model"])
-            levels = [torch.from_numpy(file[named("indices", name)]).long() for name in model.map_names]
+            maps = model.map_names if digest == checkpoint["digest"] else []  # another model may have other maps
+            levels = [torch.from_numpy(file[named("indices", name)]).long() for name in maps]
     except Exception as error:  # damaged archives surface as almost any exception
         raise ValueError(f"{printable(path)} is not a codes.npz of this project, or damaged") from error
     if digest != checkpoint["digest"]:

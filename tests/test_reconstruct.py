@@ -312,6 +312,15 @@ CHANGES = {
 }
 
 
+def test_codes_of_other_maps_are_of_another_model(capsys, colour_run, codes, tmp_path):
+    arrays = {name: array for name, array in codes.items() if name != "indices_top"} | {"model": "0" * 64}
+    np.savez(tmp_path / "bad.npz", **arrays)
+    printed = refusal(
+        capsys, script, f"--run={colour_run}", f"--codes={tmp_path / 'bad.npz'}", f"--out={tmp_path / 'o'}"
+    )
+    assert "was written by another model" in printed
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_wrong_codes_are_refused(capsys, colour_run, codes, tmp_path, change):
     changed, message = CHANGES[change]
