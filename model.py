@@ -7,8 +7,8 @@ Shapes: B batch, C image channels, D code_dim, K codebook_size; an image of H x 
 What there is of each level, or scale, comes as a list, the top level (the one with the fewest codes) first.
 
 Source: VQ-VAE, arXiv 1711.00937, section 4.1; two levels: VQ-VAE-2, arXiv 1906.00446, section 3.1. Departures, all for
-speed at equal quality on a processor: pixel (un)shuffles take the place of strided and transposed convolutions, SiLU
-that of ReLU, and most layers work at the size of the codes.
+speed at equal quality on a processor: the first convolution sees unshuffled pixels in place of a stride, the decoder
+shuffles pixels in place of transposed convolutions, ReLU became SiLU, and most layers work at the size of the codes.
 """
 
 import functools
