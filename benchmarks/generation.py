@@ -3,7 +3,7 @@
 Aims, for `python train.py` and `python train_prior.py` on MNIST with their defaults: a classifier, trained here on the
 real training images, gives at least 95% of the samples at temperature 1 without guidance the class that was asked for,
 and at least 99% of those at sample.py's defaults, whose mean distance within a class is near that of real images; 100
-samples take less than 5 s. How far they are met stands in README.md.
+samples take less than 5 s. How far they are met stands in benchmarks/README.md.
 
 The Frechet distance is between Gaussians fitted to the classifier's last features, of 10,000 images against the 10,000
 test images; beside it stands that of the test images' own reconstructions, and that of 10,000 real training images.

@@ -42,8 +42,8 @@ PROFILED = 50
 STEPS = Run.steps
 
 
-def flops_of_a_step(batch_size: int = 32) -> int:
-    model = VQVAE(1, (28, 28), kmeans_start=False)  # which would be counted with the first step
+def flops_of_a_step(batch_size: int, code_dim: int = 64) -> int:
+    model = VQVAE(1, (28, 28), code_dim=code_dim, kmeans_start=False)  # which would be counted with the first step
     with FlopCounterMode(display=False) as counter:
         x_recon, (level,) = model(torch.rand(batch_size, 1, 28, 28))
         (x_recon.sum() + level.codebook_loss + level.commitment_loss).backward()
@@ -117,9 +117,9 @@ def profiled(args: argparse.Namespace, *flags) -> dict[str, float]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=argparse.SUPPRESS)
-    steps = number(int, FIRST + 2)
+    steps, defaults = number(int, FIRST + 2), train.parse_args([])
     parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--steps", type=steps, default=10_000, help="of a run; fewer make pictures a larger share")
+    parser.add_argument("--steps", type=steps, default=defaults.steps, help="fewer make pictures a larger share")
     parser.add_argument("--compiled-steps", type=steps, default=500, help="of each run with and without --compile")
     parser.add_argument("--repeats", type=int, default=3, help="of the runs with and without --compile")
     parser.add_argument("--out", type=Path, default=Path("results", "machine_limit.json"))
@@ -127,7 +127,7 @@ def main():
     with user_errors():
         pick_device("cpu", compile=True)
     torch.set_num_threads(2)
-    flops, rows = flops_of_a_step(), []
+    flops, rows = flops_of_a_step(defaults.batch_size, defaults.code_dim), []
     for precision in ("bfloat16", "float32"):
         flag = f"--precision={precision}"
         row = {"precision": precision, **ceilings(getattr(torch, precision))}
@@ -139,7 +139,7 @@ def main():
         for _ in range(args.repeats):
             for way, flag in zip(ways, ("--no-compile", "--compile")):
                 ways[way].append(timed(args, args.compiled_steps, flag))
-    machine = heading(f"a step of 32 images: {flops / 1e9:.2f} GFLOP")
+    machine = heading(f"a step of {defaults.batch_size} images: {flops / 1e9:.2f} GFLOP")
     print(machine)
     print("| precision | steps/s | GFLOP/s | of a convolution's | of a matrix product's | time outside of steps |")
     print("|---|---|---|---|---|---|")

@@ -1,7 +1,7 @@
 """Seconds of training to a test MSE on MNIST: `python benchmarks/time_to_quality.py --data-dir data --peers DIR`.
 
 Aims: that `python train.py` is where the best of four public implementations stands after 150 s of training in less
-than a fifteenth of that time, and at 28.0 dB in less than 17 s. How far they are met stands in README.md.
+than a fifteenth of that time, and at 28.0 dB in less than 17 s. How far they are met stands in benchmarks/README.md.
 
 The others are imported from PEERS/<owner>, clones of ritheshkumar95/pytorch-vqvae, MishaLaskin/vqvae and
 airalcorn2/vqvae-pytorch (with and without moving averages), each with its author's architecture, loss, optimiser, batch
