@@ -133,7 +133,7 @@ def main(args: argparse.Namespace):
                 write_reconstructions(out, model, data.test_images, checkpoint)
             text = json.dumps({"dataset": data.name, "step": checkpoint["progress"]["step"], **measured}, indent=2)
             write_whole(folder / "evaluation.json", text + "\n")
-    say(text)
+    say(*text.split("\n"))
 
 
 if __name__ == "__main__":

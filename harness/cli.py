@@ -15,10 +15,11 @@ import torch.distributed as dist
 def make_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description,
-        usage=argparse.SUPPRESS,  # an error is then one line
+        usage=argparse.SUPPRESS,  # --help lists the flags once
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.register("type", None, not_empty)  # of flags that name no type
+    parser.error = lambda message: fail(message, code=2)  # whatever a name in it holds
     return parser
 
 
@@ -59,13 +60,16 @@ def check_values(parser: argparse.ArgumentParser, values: dict, source: str):
             raise ValueError(f"{source} is not as this project writes it: its {action.option_strings[0]} is {value!r}")
 
 
-def say(text: str, error: bool = False):
-    """Print a line at once. A closed pipe or a full disk behind the output drops it: it must not stop a run."""
+def say(*lines: str, error: bool = False):
+    """Print lines at once. A closed pipe or a full disk behind the output drops them: they must not stop a run.
+
+    What a name holds starts no line of its own: control characters are escaped.
+    """
     stream = sys.stderr if error else sys.stdout
     try:
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
-        print("\n".join(map(printable, text.split("\n"))), file=stream, flush=True)
+        print("\n".join(map(printable, lines)), file=stream, flush=True)
     except (OSError, ValueError, AttributeError):
         drop_output(error)
 
@@ -93,7 +97,7 @@ def user_errors():
 
 
 def fail(message: str, code: int):
-    say(f"{Path(sys.argv[0]).name}: error: {printable(message)}", error=True)
+    say(f"{Path(sys.argv[0]).name}: error: {message}", error=True)
     sys.exit(code)
 
 

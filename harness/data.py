@@ -127,8 +127,11 @@ def load_training_data(args: argparse.Namespace, checkpoint: dict | None = None)
         if args.dataset != "auto":
             raise ValueError(f"{error}; copy its files into {args.data_dir}, or name another --dataset") from error
         say(
-            f"\n*** WARNING: {error}.\n*** Training on scikit-learn's 1,797 digits instead. To train on MNIST, connect "
-            "to the network, or name\n*** the folder that holds MNIST/raw with --data-dir.\n",
+            "",
+            f"*** WARNING: {error}.",
+            "*** Training on scikit-learn's 1,797 digits instead. To train on MNIST, connect to the network, or name",
+            "*** the folder that holds MNIST/raw with --data-dir.",
+            "",
             error=True,
         )
         data = load_dataset("digits", image_size=args.image_size)

@@ -103,8 +103,13 @@ def test_names_beyond_the_encoding_are_printed(monkeypatch, tmp_path):
 
 
 def test_control_characters_of_names_are_escaped(capsys):
-    say("a\x1b[31m\udcff\nb")
-    assert capsys.readouterr().out == "a\\x1b[31m\\xff\nb\n"
+    say("a\x1b[31m\udcff\nb", "c")
+    assert capsys.readouterr().out == "a\\x1b[31m\\xff\\nb\nc\n"
+
+
+@pytest.mark.parametrize("argument", ["--resume=a\nb", "a\nb"])
+def test_line_breaks_of_refused_arguments_are_escaped(capsys, argument):
+    assert "a\\nb" in refusal(capsys, script, argument)
 
 
 @pytest.mark.parametrize(
