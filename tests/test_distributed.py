@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import ROOT, SMALL, ended, environment, rows, started, train
+from conftest import ROOT, SMALL, TINY, ended, environment, rows, started, train, train_prior
 
 from quantizer import VectorQuantizer
 
@@ -246,14 +246,14 @@ def test_two_nodes_train_together_and_restart_together(nodes, tmp_path):
 
 
 @contextlib.contextmanager
-def start_ranks(*flags, folders=(ROOT, ROOT)):
-    """Start train.py in two processes as torchrun would, whose own lines then are not among theirs."""
+def start_ranks(*flags, script="train.py", folders=(ROOT, ROOT)):
+    """Start a script in two processes as torchrun would, whose own lines then are not among theirs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1"}
     job |= {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": "0", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, ROOT / "train.py", *flags]
+    command = [sys.executable, ROOT / script, *flags]
     with contextlib.ExitStack() as stack:
         ranks = []
         for rank, folder in enumerate(folders):
@@ -269,10 +269,10 @@ def end_of(ranks, seconds=60):
     return [(rank.returncode, *streams) for rank, streams in zip(ranks, printed)]
 
 
-def first_gradients(folder):
+def first_gradients(folder, name="checkpoint"):
     """Return what the first step left of each gradient: the optimizers' first moments, over 1 - beta."""
-    saved, shares = load_checkpoint(folder), {"exp_avg": 0.1, "momentum_buffer": 0.05}
-    states = [state for key in ("muon", "optimizer") if key in saved for state in saved[key]["state"].values()]
+    saved, shares = load_checkpoint(folder, name), {"exp_avg": 0.1, "momentum_buffer": 0.05}
+    states = [state for key in ("muon", "optimizer", "adamw") if key in saved for state in saved[key]["state"].values()]
     return [state[name] / share for state in states for name, share in shares.items() if name in state]
 
 
@@ -288,6 +288,19 @@ def test_unequal_shares_give_the_whole_gradient(tmp_path):
     for a, b in zip(two, one):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     assert max(gradient.abs().max() for gradient in one) > 0.01  # far above what is allowed to differ
+
+
+def test_unequal_shares_give_the_priors_whole_gradient(finished_run, tmp_path):
+    one, two = (shutil.copytree(finished_run, tmp_path / name) for name in ("one", "two"))
+    flags = [*TINY, "--precision=float32", "--steps=1", "--batch-size=3", "--dropout=0"]
+    with start_ranks(*flags, f"--run={two}", script="train_prior.py") as ranks:
+        for code, _, errors in end_of(ranks):
+            assert code == 0, errors
+    train_prior(one, *flags)
+    pairs = list(zip(first_gradients(two, "prior"), first_gradients(one, "prior"), strict=True))
+    assert len(pairs) > 10
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_ranks_with_other_images_refuse_to_start(folder, tmp_path):

@@ -55,8 +55,8 @@ def test_reconstruction_teaches_every_encoder(levels):
 
 def test_largest_features_have_half_the_width():
     """Where there are several sizes of features."""
-    for stride, widths in ((2, [10]), (4, [5, 10]), (16, [5, 10, 10, 10])):
-        encoder = Encoder(3, 10, 1, stride)
+    for stride, widths in ((2, [10]), (4, [5, 10]), (16, [5, 10, 10, 10]), (2, [1]), (4, [1, 1])):
+        encoder = Encoder(3, widths[-1], 1, stride)
         assert [layer.out_channels for layer in encoder if isinstance(layer, torch.nn.Conv2d)] == widths
     assert Decoder(4, 3, 10, 1, 4)[-2].in_channels == 5
 
@@ -91,6 +91,13 @@ def test_each_level_has_a_code_per_its_stride(downsample, levels):
     assert all(torch.equal(a, b.indices) for a, b in zip(indices, quantized, strict=True))
     torch.testing.assert_close(model.decode(indices), x_recon.clamp(0, 1))
     assert model.decode(indices, padded).shape == (2, 3, *padded)
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+@pytest.mark.parametrize("size", [(28, 28), (30, 17), (1, 5)])
+def test_grids_are_the_shapes_of_codes(size, levels):
+    model = make(levels=levels).eval()
+    assert model.grids(size) == [level.shape[1:] for level in model.encode(torch.rand(2, 1, *size))]
 
 
 def test_top_codes_reach_bottom_codes_and_image():

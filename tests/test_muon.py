@@ -42,11 +42,12 @@ def test_orthogonalize_brings_singular_values_near_one(scale):
     assert s.min() > 0.6 and s.max() < 1.3
 
 
-def test_zero_gradients_leave_weights_alone():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zero_gradients_leave_weights_alone(dtype):
     weights = matrices()
     for weight in weights:
         weight.grad = torch.zeros_like(weight)
-    Muon(weights, torch.float32, weight_decay=0.0).step()
+    Muon(weights, dtype, weight_decay=0.0).step()
     assert all(torch.equal(a, b) for a, b in zip(matrices(), weights))
 
 

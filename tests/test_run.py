@@ -106,6 +106,15 @@ def test_signal_stops_at_the_end_of_a_step(finished_run, tmp_path, capsys, stop_
     assert rows(tmp_path)[:2] == stopped and same_run(tmp_path, finished_run) and not archives(tmp_path)
 
 
+def test_second_ctrl_c_ends_at_once(tmp_path, in_step):
+    """After the first, Python no longer handles it."""
+    handlers = []
+    in_step(2, lambda: (signal.raise_signal(signal.SIGINT), handlers.append(signal.getsignal(signal.SIGINT))))
+    with pytest.raises(SystemExit):
+        train(tmp_path, "--steps=4")
+    assert handlers == [signal.SIG_DFL]
+
+
 def test_ctrl_c_then_the_same_command_goes_on(finished_run, tmp_path):
     """In a process of its own each time, with steps so slow that the signal comes at any moment of one."""
     command = [sys.executable, ROOT / "train.py", f"--out-dir={tmp_path}", *SMALL, *STEPS]

@@ -111,6 +111,16 @@ def test_logged_means_are_those_of_the_interval(trained_run, tmp_path):
     assert means == pytest.approx([sum(each[:2]) / 2, sum(each[2:]) / 2], rel=1e-5)
 
 
+def test_codes_of_each_map_are_in_order(scales_run, tmp_path):
+    """The first image's codes, from the coarsest map to the finest, stand behind its label."""
+    folder = shutil.copytree(scales_run, tmp_path / "scales")
+    train_prior(folder, "--steps=1")
+    model, data = load_model(load_checkpoint(folder)), load_dataset("digits")
+    maps = model.encode(to_pixels(data.train_images[:1], "cpu"))
+    expected = [int(data.train_labels[0]), *(code for level in maps for code in level.flatten().tolist())]
+    assert read_state(folder / "codes.pt")[0]["train"][0].tolist() == expected
+
+
 def test_codes_are_kept_until_checkpoint_changes(generating_run):
     def written():
         return (generating_run / "codes.pt").stat().st_mtime_ns
