@@ -258,6 +258,11 @@ class Run:
                 self.checkpoint, self.reason = None, f"its {', '.join(changed)} changed"
         if self.args.tensorboard:
             summary_writer()
+            try:
+                str(self.folder).encode()
+            except UnicodeEncodeError:  # TensorBoard's own error comes when the earlier run has made way
+                reason = f"--tensorboard needs a folder whose name Python reads as UTF-8, unlike {self.folder}"
+                raise ValueError(f"{reason}; set PYTHONUTF8=1 or name another folder") from None
         self.control = dist.new_group(backend="gloo") if self.world_size > 1 else None
         self._catch_signals()
         if self.rank == 0:

@@ -550,6 +550,19 @@ def test_missing_tensorboard_is_named(trained_run, capsys, monkeypatch):
     assert {path.name for path in trained_run.iterdir()} == before
 
 
+def test_tensorboard_refuses_folder_that_is_not_utf8(trained_run, capsys):
+    """So is each name beyond ASCII in a C locale without UTF-8. The earlier run stays where it is."""
+    pytest.importorskip("tensorboard")
+    try:
+        moved = trained_run.rename(trained_run.parent / "caf\udce9")
+    except OSError:
+        pytest.skip("names are UTF-8 here")
+    before = {path.name for path in moved.iterdir()}
+    printed = refusal(capsys, script, f"--out-dir={moved}", *SMALL, "--steps=2", "--tensorboard")
+    assert "set PYTHONUTF8=1 or name another folder" in printed and "caf\\xe9;" in printed
+    assert {path.name for path in moved.iterdir()} == before
+
+
 def test_tensorboard_is_imported_only_when_asked(tmp_path):
     done = program("imports_of_a_run.py", tmp_path, *SMALL)
     assert done.returncode == 0 and "tensorboard" not in done.stdout.splitlines(), done.stderr
