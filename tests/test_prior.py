@@ -38,6 +38,17 @@ def test_codes_are_predicted_from_those_before_alone(prior):
         assert later.all()  # each of them has seen it
 
 
+@torch.no_grad()
+def test_each_level_embeds_its_own_codes():
+    """The logits after both top codes do not depend on the embeddings of bottom codes; those after that do."""
+    prior = far_from_zero(Prior(K, [(1, 2), (2, 4)], classes=3, width=16, depth=2, heads=2))
+    codes, labels = some_codes(prior)
+    before = prior(codes, labels)
+    prior.code.weight[K:] = torch.randn(K, 16)
+    after = prior(codes, labels)
+    assert torch.equal(after[:, :3], before[:, :3]) and (after != before)[:, 3:].flatten(2).any(-1).all()
+
+
 def test_near_codes_start_with_near_embeddings():
     prior, codebooks = Prior(K, [(1, 2), (2, 4)], classes=3, width=240), [torch.randn(K, 8), 5 + 3 * torch.randn(K, 4)]
     prior.start_from_codebooks(codebooks)
