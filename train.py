@@ -49,7 +49,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--downsample", type=int, choices=(2, 4, 8, 16, 32), help=help)
 
     group = parser.add_argument_group("codebook")
-    group.add_argument("--beta", type=rate, default=0.25, help="weight of the commitment loss")
+    group.add_argument("--beta", type=rate, default=1.0, help="weight of the commitment loss")
     group.add_argument("--ema", action=switch, default=False, help="learn the codes by moving averages, not by a loss")
     group.add_argument("--decay", type=share, default=0.99, help="EMA decay")
     group.add_argument("--kmeans-start", action=switch, default=True, help="initialise the codes by k-means")
@@ -60,7 +60,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     help = "highest learning rate of encoder and decoder; by default 0.3 / sqrt(steps)"
     group.add_argument("--lr", type=rate, help=help)
     group.add_argument("--codebook-lr", type=rate, default=4e-2, help="highest learning rate of the codes")
-    add_run_flags(parser, steps=8000, batch_size=48)
+    add_run_flags(parser, steps=7500, batch_size=48)
     return parse_run_args(parser, argv, CHECKPOINT)
 
 

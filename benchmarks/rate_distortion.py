@@ -49,7 +49,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=argparse.SUPPRESS)
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--sizes", type=int, nargs="+", default=[10, 12, 16, 32, 64, 128, 512], help="of the codebook")
-    parser.add_argument("--steps", type=int, default=8000, help="of each VQ-VAE")
+    parser.add_argument("--steps", type=int, default=7500, help="of each VQ-VAE")
     parser.add_argument("--prior-steps", type=int, default=1200, help="of each prior")
     parser.add_argument("--out-dir", type=Path, default=Path("results", "rate_distortion"))
     args = parser.parse_args()

@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import functools
 import json
-import math
 import os
 import re
 import signal
@@ -340,9 +339,9 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bfloat16")
 
     def schedule(self, step: int) -> float:
-        """Return a step's learning rate as a share of the highest: warm-up, then half a cosine."""
+        """Return a step's learning rate as a share of the highest: warm-up, then linearly to 0."""
         warm_up = min(1.0, step / (0.03 * self.args.steps))
-        return warm_up * 0.5 * (1 + math.cos(math.pi * (step - 1) / self.args.steps))
+        return warm_up * (1 - (step - 1) / self.args.steps)
 
     def shard(self, batch: Tensor) -> Tensor:
         """Return this rank's part of what is known of a whole batch."""

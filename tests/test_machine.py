@@ -118,3 +118,15 @@ def test_restarted_ranks_do_not_meet_the_dead(died):
         assert not other.done()
         machine.fresh_store(store, 0, 2).set("address", "rank 0")
         assert other.result(timeout=10).get("address") == b"rank 0"
+
+
+def test_rank_0_waits_for_all_ranks():
+    """Or it would confirm an attempt that a rank of an earlier one, still alive, cannot join any more."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    client = dist.TCPStore("127.0.0.1", store.port, is_master=False, wait_for_workers=False)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(machine.fresh_store, store, 0, 2)
+        time.sleep(0.3)
+        assert not first.done()
+        machine.fresh_store(client, 1, 2)
+        first.result(timeout=10)

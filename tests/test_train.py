@@ -44,7 +44,7 @@ def test_metrics_have_a_line_per_interval(finished_run):
 def test_summary_names_the_data_and_its_measurements(finished_run):
     summary = json.loads((finished_run / "summary.json").read_text())
     assert summary["dataset"] == "digits" and summary["steps"] == 30
-    assert summary["arguments"]["codebook_size"] == 32 and summary["arguments"]["beta"] == 0.25
+    assert summary["arguments"]["codebook_size"] == 32 and summary["arguments"]["beta"] == 1.0
     for name in ("seconds", "images_per_second", "test_mse", "test_psnr", "test_ssim", "perplexity", "codes_used"):
         assert summary[name] > 0
     assert summary["codes_used"] <= 32 and summary["perplexity"] <= summary["codes_used"] + 1e-9
@@ -121,7 +121,7 @@ def test_steps_are_those_of_the_formulas(tmp_path):
     kernels, biases = ([p for p in model.parameters() if p.ndim == ndim] for ndim in (4, 1))
     muon = Muon(kernels, torch.float32, weight_decay=0.0)
     adam = torch.optim.Adam([{"params": biases}, {"params": model.levels[0].quantizer.codebook}], betas=(0.9, 0.99))
-    for step, share in ((0, 1.0), (1, 0.5)):  # half a cosine
+    for step, share in ((0, 1.0), (1, 0.5)):  # linear
         for group, highest in zip(muon.param_groups + adam.param_groups, (0.3 / 2**0.5, 0.3 / 2**0.5, 0.04)):
             group["lr"] = highest * share
         x = to_pixels(data.train_images[batch_indices(1500, 16, 1, step)], torch.device("cpu"))

@@ -229,7 +229,7 @@ def test_steps_are_those_of_the_formulas(trained_run):
     matrices = [p for name, p in prior.named_parameters() if name.startswith("blocks") and p.ndim == 2]
     others = [p for name, p in prior.named_parameters() if not (name.startswith("blocks") and p.ndim == 2)]
     muon, adamw = Muon(matrices, torch.float32, weight_decay=10), torch.optim.AdamW(others, weight_decay=10)
-    for step, share in ((0, 1.0), (1, 0.5)):  # half a cosine
+    for step, share in ((0, 1.0), (1, 0.5)):  # linear
         muon.param_groups[0]["lr"], adamw.param_groups[0]["lr"] = 1e-2 * share, 6e-3 * share
         adamw.param_groups[0]["betas"] = (0.9, 0.95)
         batch = rows[batch_indices(len(rows), 16, 1, step)]
