@@ -1,7 +1,7 @@
 """Measure a trained VQ-VAE on its data set's test images: `python evaluate.py --run results`.
 
-Pixels are in [0, 1]. PSNR is the mean over images of each image's own; SSIM has the usual 11x11 Gaussian window of
-standard deviation 1.5, over the positions where it lies inside the image.
+Pixels are in [0, 1]. PSNR is computed per image, then averaged. SSIM uses the usual 11x11 Gaussian window of standard
+deviation 1.5, at the positions where it lies inside the image.
 """
 
 import argparse
@@ -29,11 +29,11 @@ from reconstruct import write_reconstructions
 
 @torch.inference_mode()
 def evaluate(model: VQVAE, images: Images) -> tuple[dict[str, float], list[Tensor]]:
-    """Reconstruct uint8 images (N, C, H, W) in float32, in chunks; the figures are over all of them.
+    """Reconstruct uint8 images (N, C, H, W) in float32, in chunks; the metrics are over all of them.
 
     Returns:
         test_mse, test_psnr (dB), test_ssim, and perplexity and codes_used of each level;
-        and each level's counts of its codes, (K,) int64.
+        and how often each code of each level was used, (K,) int64.
     """
     was_training = model.training
     model.eval()
@@ -84,6 +84,7 @@ def evaluate_jpeg(model: VQVAE, images: Images) -> dict[str, float]:
     """Measure PSNR (dB) and SSIM as the public code of CVQ-VAE (arXiv 2307.15139) does: through JPEG files, in RGB.
 
     Originals and reconstructions are written at Pillow's default quality, 75, and read back before they are compared.
+
     Raises:
         ValueError: scikit-image is not installed, or the images are smaller than its windows.
     """

@@ -1,14 +1,14 @@
-"""Encoder, decoder and the VQ-VAE made of them, with one level of codes or two.
+"""Encoder, decoder and the VQ-VAE made of them, with one or two levels of codes.
 
 Shapes: B batch, C image channels, D code_dim, K codebook_size; an image of H x W pixels has h x w codes
     x, x_recon  (B, C, H, W)        pixels in [0, 1]
-    z_e, z_q    (B, D, h, w)        h = ceil(H / S), w = ceil(W / S), where a level has a code per S x S pixels
+    z_e, z_q    (B, D, h, w)        h = ceil(H / S), w = ceil(W / S), for a level with one code per S x S pixels
     indices     (B, h, w) int64
-What there is of each level, or scale, comes as a list, the top level (the one with the fewest codes) first.
+Values per level or scale come as a list, the top level (fewest codes) or the coarsest scale first.
 
 Source: VQ-VAE, arXiv 1711.00937, section 4.1; two levels: VQ-VAE-2, arXiv 1906.00446, section 3.1. Departures, all for
-speed at equal quality on a processor: the first convolution sees unshuffled pixels in place of a stride, the decoder
-shuffles pixels in place of transposed convolutions, ReLU became SiLU, and most layers work at the size of the codes.
+speed on a CPU at equal quality: pixel unshuffle replaces the first convolution's stride, pixel shuffle replaces the
+decoder's transposed convolutions, SiLU replaces ReLU, and most layers run at the resolution of the codes.
 """
 
 import functools
@@ -35,7 +35,7 @@ class ResidualBlock(nn.Sequential):
 
     def __init__(self, width: int):
         super().__init__(nn.SiLU(), nn.Conv2d(width, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, width, 1))
-        nn.init.zeros_(self[-1].weight)  # the block starts as the identity, which makes normalisation layers needless
+        nn.init.zeros_(self[-1].weight)  # the block starts as the identity, so no normalisation layers are needed
         nn.init.zeros_(self[-1].bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,8 +45,8 @@ class ResidualBlock(nn.Sequential):
 class PixelShuffle(nn.Module):
     """Turn (B, 4 C, h, w) into (B, C, 2 h, 2 w).
 
-    As nn.PixelShuffle(2) but for the order of the channels, which makes it a copy of whole pixels where channels come
-    last in memory: twice as fast.
+    Like nn.PixelShuffle(2), but with another order of channels, so that with channels-last memory it copies whole
+    pixels: twice as fast.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class PixelShuffle(nn.Module):
 
 
 def stage_widths(width: int, stride: int) -> list[int]:
-    """Return the channels at 1/2, 1/4, ... 1/stride of the size: half the width where there are the most pixels."""
+    """Return the channels at 1/2, 1/4, ... 1/stride resolution; if there are several, the first is half as wide."""
     stages = stride.bit_length() - 1
     return [max(1, width // 2), *[width] * (stages - 1)] if stages > 1 else [width]
 
@@ -81,38 +81,38 @@ class Decoder(nn.Sequential):
         for before, after in pairwise(widths):
             layers += [nn.SiLU(), nn.Conv2d(before, after * 4, 1), PixelShuffle(), ResidualBlock(after)]
         super().__init__(*layers, nn.SiLU(), nn.Conv2d(widths[-1], channels * 4, 3, padding=1), PixelShuffle())
-        self.reach = blocks + 2  # how many codes away a pixel still depends on a code
+        self.reach = blocks + 2  # a pixel depends on codes up to this many positions away
 
 
 class Level(nn.Module):
-    """One level of codes: the encoder of what is below it, its quantizer, and the decoder of its codes."""
+    """One level of codes: the encoder of the image or of the level below, the quantizer, and the decoder."""
 
     def __init__(self, encoder: Encoder, to_code: nn.Module, quantizer: VectorQuantizer, decoder: Decoder):
         super().__init__()
         self.encoder, self.to_code, self.quantizer, self.decoder = encoder, to_code, quantizer, decoder
 
     def average_code(self, batch: int, height: int, width: int) -> Tensor:
-        """Return the mean of the codes, weighted by their use, at every position: z_q (B, D, h, w)."""
+        """Return the mean code, weighted by usage, at every position: z_q (B, D, h, w)."""
         counts = self.quantizer.ema_counts
         return (counts @ self.quantizer.codebook / counts.sum()).view(1, -1, 1, 1).expand(batch, -1, height, width)
 
 
 class VQVAE(nn.Module):
-    """Autoencoder whose latents are codes of a codebook (arXiv 1711.00937), or of two (arXiv 1906.00446).
+    """Autoencoder with latents from one codebook (arXiv 1711.00937) or two (arXiv 1906.00446).
 
-    With two levels, the top encoder sees the bottom encoder's features. What the top codes are decoded to joins these
-    features before they are quantized, and joins the bottom codes in the decoder that makes the image.
+    With two levels, the top encoder takes the bottom encoder's features. The top decoder's output is concatenated to
+    these features before they are quantized, and to the bottom codes before they are decoded to the image.
 
     Args:
-        channels: of the images, C.
-        image_size: (H, W) of the training images, for `decode`; `encode` and `forward` take any size.
+        channels: C, of the images.
+        image_size: (H, W) of the training images, the default of `decode`; `encode` and `forward` take any size.
         codebook_size, code_dim: K and D, of each level.
         width: channels of the convolutions.
-        blocks: residual blocks in each encoder, and as many in each decoder.
-        downsample: pixels per code of the bottom level in each direction, a power of two from 2 on.
+        blocks: residual blocks at the resolution of the codes, in each encoder and each decoder.
+        downsample: pixels per code of the bottom level in each direction, a power of two, at least 2.
         levels: 1 or 2; each level has half the height and width of the one below it.
-        scales: sizes of the maps of codes of a single level, such as "1,2,4,7", or "auto": see `scales.py`.
-        mean, std: (C,) of the training pixels. The network sees and makes normalised images.
+        scales: sizes of the code maps of a single level, such as "1,2,4,7", or "auto"; see `scales.py`.
+        mean, std: (C,) of the training pixels. Inside, the network works on normalised images.
         quantizer_options: further arguments of `VectorQuantizer`.
     """
 
@@ -145,7 +145,7 @@ class VQVAE(nn.Module):
         self.register_buffer("std", torch.as_tensor(std).expand(channels).reshape(-1, 1, 1).clone())
         self.levels = nn.ModuleList()
         for i in reversed(range(levels)):
-            above = code_dim if i < levels - 1 else 0  # channels that the level above is decoded to
+            above = code_dim if i < levels - 1 else 0  # output channels of the level above
             below, stride = (width, 2) if i else (channels, downsample)
             encoder = Encoder(below, width, blocks, stride)
             to_code = nn.Sequential(nn.SiLU(), nn.Conv2d(width + above, code_dim, 1))
@@ -163,11 +163,11 @@ class VQVAE(nn.Module):
 
     @property
     def starting(self) -> bool:
-        """Whether a codebook still takes its start from the batches, which asks for values: do not compile it yet."""
+        """Whether a codebook is still being initialised, which reads values on the host: do not compile yet."""
         return not all(level.quantizer.all_started for level in self.levels)
 
     def z_e(self, x: Tensor) -> list[Tensor]:
-        """Return each level's vectors of images before they are quantized, (B, D, h, w); this changes no codebook."""
+        """Return each level's encoder output before quantization, (B, D, h, w); changes no codebook."""
         z_e, z_q = [], []
         for level, features in zip(self.levels, self._features(x)):
             z_e.append(level.to_code(concat(features, self._decode(z_q))))
@@ -183,7 +183,7 @@ class VQVAE(nn.Module):
     def decode(self, indices: list[Tensor | None], size: tuple[int, int] | None = None) -> Tensor:
         """Return the images of codes, in [0, 1], cropped to `size`; by default to `image_size` if it has this grid.
 
-        None in place of a level's indices stands for its average code. Of several scales, the first ones will do.
+        If a level's indices are None, its average code is used. With scales, the first few are enough.
         """
         indices = [indices] if self.scales else indices
         z_q = [None if i is None else level.quantizer.lookup(i) for level, i in zip(self.levels, indices)]
@@ -200,7 +200,7 @@ class VQVAE(nn.Module):
         return self._pixels(self._decode(z_q), size).clamp(0, 1)
 
     def grids(self, size: tuple[int, int]) -> list[tuple[int, int]]:
-        """Return (h, w) of the codes of each level, or of each scale, of images of (H, W)."""
+        """Return the grid (h, w) of codes of each level or scale, for images of size (H, W)."""
         grids = [tuple(length // stride for length in self._padded(size)) for stride in self.strides]
         return [*self.scales[:-1], *grids]
 
@@ -221,10 +221,10 @@ class VQVAE(nn.Module):
             features.append(x)
         return reversed(features)
 
-    def _padded(self, size):  # the size with whole codes at every level
+    def _padded(self, size):  # rounded up to whole codes at every level
         return [-(-length // self.strides[0]) * self.strides[0] for length in size]
 
-    def _decode(self, z_q):  # of the top level, or of it and those below it
+    def _decode(self, z_q):  # of all levels, or of the first ones from the top
         above = None
         for level, codes in zip(self.levels, z_q):
             above = level.decoder(concat(codes, above))
@@ -239,7 +239,7 @@ def concat(x: Tensor, above: Tensor | None) -> Tensor:
 
 
 def named(kind: str, level: str) -> str:
-    """Return the name of a level's figure: codes_used, or with two levels codes_used_top."""
+    """Return the name of a level's metric: "codes_used", or with two levels "codes_used_top"."""
     return f"{kind}_{level}" if level else kind
 
 
@@ -255,16 +255,16 @@ def load_model(checkpoint: dict, device: torch.device | str = "cpu") -> VQVAE:
     """Rebuild the VQ-VAE of a checkpoint of train.py, in eval mode.
 
     Raises:
-        ValueError: the checkpoint does not hold what its arguments describe.
+        ValueError: the checkpoint's weights do not fit its arguments.
     """
     args, shape, weights = checkpoint["args"], checkpoint["identity"]["image_shape"], checkpoint["model"]
     try:
         if args["blocks"] > len(weights):
             raise ValueError("more blocks than weights")
-        with torch.device("meta"):  # a file may name any sizes: compare them before they take memory
+        with torch.device("meta"):  # a file may claim any sizes: compare shapes before allocating memory
             build_model(args, shape).load_state_dict(weights, assign=True)
         model = build_model(args, shape)
         model.load_state_dict(weights)
-    except Exception as error:  # what does not fit surfaces as almost any exception
+    except Exception as error:  # a mismatch can raise almost any exception
         raise ValueError(f"{checkpoint.get('path')} holds no VQ-VAE of this version of the project") from error
     return model.to(device, memory_format=torch.channels_last).eval()

@@ -1,8 +1,8 @@
 """Muon: momentum SGD whose updates are orthogonalised, for the weights of linear layers and convolutions.
 
 Sources: Muon, https://kellerjordan.github.io/posts/muon; updates as large as AdamW's, arXiv 2502.16982, section 2.2.
-As torch.optim.Muon with adjust_lr_fn="match_rms_adamw", but in the precision that is fast on the device: torch's is
-bfloat16 everywhere, which takes 50 times as long as float32 on a CPU that has to emulate it.
+Like torch.optim.Muon with adjust_lr_fn="match_rms_adamw", but in the precision that is fast on the device: torch
+always uses bfloat16, which takes 50 times as long as float32 on a CPU that has to emulate it.
 """
 
 import collections
@@ -10,7 +10,7 @@ import collections
 import torch
 from torch import Tensor
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic; they maximise the slope at 0
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic polynomial; they maximise its slope at 0
 ITERATIONS = 5
 
 
@@ -18,7 +18,7 @@ class Muon(torch.optim.Optimizer):
     """Muon with Nesterov momentum and decoupled weight decay.
 
     Args:
-        params: matrices, or the weights of convolutions, (out, in, height, width), as matrices of `out` rows.
+        params: matrices, or convolution weights (out, in, height, width), treated as matrices of `out` rows.
         dtype: of the orthogonalisation. The weights and their momentum keep their own.
     """
 
@@ -37,7 +37,7 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_lerp_(buffers, grads, 1 - momentum)
             updates = torch._foreach_lerp(grads, buffers, momentum)
 
-            # Channels last, as the weights of convolutions lie in memory; the order of the columns plays no part.
+            # Channels last, as convolution weights are stored; the order of the columns does not matter.
             updates = [update.movedim(1, -1) for update in updates]
             matrices = orthogonalize([update.flatten(1).to(self.dtype) for update in updates])
             if group["weight_decay"]:
@@ -50,7 +50,7 @@ def orthogonalize(matrices: list[Tensor]) -> list[Tensor]:
     """Bring the singular values of matrices near 1, by Newton-Schulz iterations."""
     coarse = matrices[0].dtype == torch.bfloat16
     iterate = iterate_matrices if coarse else iterate_grams
-    batches = collections.defaultdict(list)  # of matrices that one product takes together
+    batches = collections.defaultdict(list)  # indices of matrices that are iterated together
     for i, matrix in enumerate(matrices):
         rows, columns = sorted(matrix.shape)
         batches[rows, columns if coarse else None].append(i)
@@ -74,7 +74,7 @@ def iterate_matrices(matrices: list[Tensor]) -> Tensor:
 
 
 def iterate_grams(matrices: list[Tensor]) -> list[Tensor]:
-    """Orthogonalize matrices with as many rows: a third faster, but bfloat16 is too coarse for it.
+    """Orthogonalize matrices with equally many rows: a third faster, but not accurate enough in bfloat16.
 
     Every iterate is the matrix times a polynomial in its Gram matrix, so that only small square matrices are iterated.
     """

@@ -1,8 +1,8 @@
-"""A transformer over a VQ-VAE's codes: the prior from which new images are drawn, code after code or scale by scale.
+"""A transformer over a VQ-VAE's codes: the prior that new images are drawn from, code by code or scale by scale.
 
 Shapes: B batch, T codes per image (all levels or scales, the top one first, each row by row), K codebook_size
     codes   (B, T) int64
-    labels  (B,) int64              the number of classes stands for "any class"
+    labels  (B,) int64              a label equal to the number of classes means "any class"
     logits  (B, T, K)               of each code, given the label and the codes drawn before it
 
 Source: prior over the codes, arXiv 1711.00937, section 3.3 (there a PixelCNN); next-scale prediction, arXiv 2404.02905,
@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 class Block(nn.Module):
-    """Self-attention and a two-layer network, each normalised first and added to its input."""
+    """Pre-norm transformer block: self-attention and a two-layer network, each with a residual connection."""
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
@@ -29,10 +29,10 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor, cache: Tensor | None = None, at: int = 0, mask: Tensor | None = None) -> Tensor:
-        """Map (B, T, width) to the same; a position sees those up to itself, or those of its row of the mask (T, T).
+        """Map (B, T, width) to the same shape; attention is causal, or as the mask (T, T) allows.
 
-        With a cache (2, B, heads, T, width / heads), x is n positions from `at` on, (B, n, width). They see one another
-        and all before them, whose keys and values are in the cache and are not computed again.
+        With a cache (2, B, heads, T, width / heads), x holds the n positions from `at` on, (B, n, width). They attend
+        to one another and to all positions before them, whose keys and values come from the cache.
         """
         q, k, v = self.to_qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if cache is not None:
@@ -43,17 +43,17 @@ class Block(nn.Module):
         x = x + self._drop(self.from_heads(attended.transpose(1, 2).flatten(2)))
         return x + self._drop(self.mlp(self.norm2(x)))
 
-    def _drop(self, x):  # the same channels at all positions, whose masks would cost a fifth of the time on a CPU
+    def _drop(self, x):  # the same channels at all positions: a mask for each would cost a fifth of the time on a CPU
         return x * F.dropout(x.new_ones(len(x), 1, x.shape[2]), self.dropout) if self.training else x
 
 
 class Prior(nn.Module):
-    """Autoregressive model of an image's codes, given its class or none: one code after another.
+    """Autoregressive model of an image's codes, one after another, with or without its class.
 
     Args:
         codebook_size: K.
         grids: (h, w) of the codes of each level or scale, top first.
-        classes: how many; 0 for data without labels.
+        classes: number of classes; 0 for data without labels.
         width, depth, heads: of the transformer.
         dropout: share of a block's channels dropped in train mode.
     """
@@ -75,13 +75,13 @@ class Prior(nn.Module):
         self.sizes = [height * width for height, width in grids]  # codes of each level
         self.length = sum(self.sizes)
         self.steps = [1] * self.length  # how many codes are drawn at once
-        self.register_buffer("mask", None, persistent=False)  # (T, T), which positions each sees, if not those before
+        self.register_buffer("mask", None, persistent=False)  # (T, T), True: may attend; None: causal
         self.label = nn.Embedding(classes + 1, width)
-        self.code = nn.Embedding(len(grids) * codebook_size, width)  # of each level its own
+        self.code = nn.Embedding(len(grids) * codebook_size, width)  # K for each level
         self.level, self.position = nn.Embedding(len(grids), width), nn.Embedding(self.length, width)
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        self.heads = nn.ModuleList(nn.Linear(width, codebook_size) for _ in grids)  # of each level its own
+        self.heads = nn.ModuleList(nn.Linear(width, codebook_size) for _ in grids)  # one per level
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
@@ -92,7 +92,7 @@ class Prior(nn.Module):
     def start_from_codebooks(self, codebooks: list[Tensor]):
         """Initialise the code embeddings and output heads from a random projection of the codebooks.
 
-        Codes that are near one another then look alike from the first step on.
+        Codes that are near one another then have similar embeddings from the first step on.
 
         Args:
             codebooks: (K, D) of each level or scale.
@@ -104,7 +104,7 @@ class Prior(nn.Module):
             head.weight.copy_(codes @ projection)
             if isinstance(self.code, nn.Embedding):
                 self.code.weight[level * self.codebook_size :][: self.codebook_size] = head.weight
-            else:  # of sums of codes: in the end as those of the finest scale
+            else:  # it embeds sums of codes: the last projection, that of the finest scale, stays
                 self.code.weight.copy_(projection.T)
 
     def forward(self, codes: Tensor, labels: Tensor) -> Tensor:
@@ -122,11 +122,11 @@ class Prior(nn.Module):
         return [weight.new_zeros(2, batch, heads, self.length, width // heads) for _ in self.blocks]
 
     def step(self, codes: Tensor, labels: Tensor, caches: list[Tensor]) -> Tensor:
-        """Return the logits (B, n, K) of the n codes to draw next, as `forward` would, at the cost of n positions.
+        """Return the logits (B, n, K) of the n codes to draw next, as `forward` would, but compute n positions only.
 
         Args:
             codes: (B, t), those drawn so far.
-            caches: as the steps before this one left them.
+            caches: keys and values from the steps before this one.
         """
         at = codes.shape[1]
         x = self._inputs(codes, labels, at)
@@ -137,10 +137,10 @@ class Prior(nn.Module):
         return self.heads[level](self.norm(x))
 
     def whole_steps(self, count: int) -> int:
-        """Return how many codes, at most `count`, make whole steps: the first ones of an image, or its first scales."""
+        """Return `count` codes rounded down to whole steps: single codes, or whole scales."""
         return max(end for end in itertools.accumulate(self.steps, initial=0) if end <= count)
 
-    def _inputs(self, codes, labels, at=0):  # of the positions from `at` on that codes (B, t) are enough for
+    def _inputs(self, codes, labels, at=0):  # for the positions from `at` on that codes (B, t) suffice for
         first = max(0, at - 1)
         x = self.code(codes[:, first:] + self.codebook_size * self.level_at[first : codes.shape[1]])
         return x if at else torch.cat([self.label(labels)[:, None], x], 1)
@@ -150,12 +150,13 @@ class Prior(nn.Module):
 
 
 class ScalePrior(Prior):
-    """Model of an image's codes from coarse to fine: all codes of a scale at once, from those of the scales before it.
+    """Model of an image's codes from coarse to fine: all codes of a scale at once, given the scales before it.
 
-    The input of a scale is the sum decoded so far, resized to it. A position sees its own scale and those before it.
+    The input of a scale is the sum of the codes so far, resized to it. A position attends to its own scale and to those
+    before it.
 
     Args:
-        quantizer: the `MultiScaleQuantizer` whose codes these are; it stays as it is, and is not saved with the prior.
+        quantizer: the `MultiScaleQuantizer` whose codes these are; it is frozen, and not saved with the prior.
         options: arguments of `Prior`; the grids are the scales.
     """
 
@@ -163,10 +164,10 @@ class ScalePrior(Prior):
         super().__init__(**options)
         self.contexts, self.steps = quantizer.contexts, self.sizes
         self.mask = self.level_at[:, None] >= self.level_at
-        self.code = nn.Linear(quantizer.code_dim, self.label.embedding_dim)  # of a sum of codes, not of one of K
+        self.code = nn.Linear(quantizer.code_dim, self.label.embedding_dim)  # embeds a sum of codes, not an index
 
     def _inputs(self, codes, labels, at=0):
-        drawn = sum(codes.shape[1] >= end for end in itertools.accumulate(self.sizes))  # scales
+        drawn = sum(codes.shape[1] >= end for end in itertools.accumulate(self.sizes))  # number of scales
         maps = [part.unflatten(1, grid) for part, grid in zip(codes.split(self.sizes[:drawn], 1), self.grids)]
         sums = torch.cat([context.flatten(2) for context in self.contexts(maps, len(codes))], 2)  # (B, D, t + n)
         return self.code(sums.movedim(1, -1)[:, at:]) + self.label(labels)[:, None]
@@ -190,7 +191,7 @@ def generate(
         temperature: divides the logits; near 0 the likeliest code is taken.
         top_k: draw from this many likeliest codes; 0: from all.
         top_p: draw from the likeliest codes whose probabilities add up to this.
-        guidance: how far to go from the logits without a class to those with it and beyond; 1: those with it.
+        guidance: scale of classifier-free guidance; 0: logits without the class, 1: with it, above 1: beyond.
         given: the first codes (B, t), which are kept.
 
     Raises:
@@ -210,7 +211,7 @@ def generate(
             logits = without + guidance * (with_class - without)
         chosen = given[:, codes.shape[1] :][:, :size]
         if chosen.shape[1] < size:
-            logits = logits - logits.amax(-1, keepdim=True)  # of which a tiny temperature makes no NaN
+            logits = logits - logits.amax(-1, keepdim=True)  # so that a tiny temperature gives no NaN
             share = restrict(logits.flatten(0, 1) / max(temperature, 1e-30), top_k, top_p).softmax(-1)
             drawn = torch.multinomial(share, 1, generator=generator).view(batch, size)
             chosen = torch.cat([chosen, drawn[:, chosen.shape[1] :]], 1)
@@ -226,35 +227,35 @@ def restrict(logits: Tensor, top_k: int, top_p: float) -> Tensor:
         ordered, order = logits.sort(descending=True)
         share = ordered.softmax(-1)
         beyond = share.cumsum(-1) - share >= top_p
-        beyond[:, 0] = False  # not the likeliest, however small top_p
+        beyond[:, 0] = False  # keep the likeliest, however small top_p is
         logits = ordered.masked_fill(beyond, -torch.inf).gather(1, order.argsort())
     return logits
 
 
 def build_prior(args: dict, shape: dict, model: nn.Module) -> Prior:
-    """Make the prior of train_prior.py's arguments, for codes of a `shape` (codebook_size, grids, classes).
+    """Make the prior that train_prior.py's arguments describe, for codes of a `shape` (codebook_size, grids, classes).
 
-    If the VQVAE of these codes has scales, the prior draws scale by scale.
+    If the VQVAE has scales, the prior draws scale by scale.
     """
     options = shape | {name: args[name] for name in ("width", "depth", "heads", "dropout")}
     return ScalePrior(model.levels[0].quantizer, **options) if model.scales else Prior(**options)
 
 
 def load_prior(checkpoint: dict, model: nn.Module) -> Prior:
-    """Rebuild the best prior of a checkpoint of train_prior.py, in eval mode, on the device of the VQVAE of its codes.
+    """Rebuild the best prior of a checkpoint of train_prior.py, in eval mode, on the device of its VQVAE.
 
     Raises:
-        ValueError: the checkpoint does not hold what its arguments describe.
+        ValueError: the checkpoint's weights do not fit its arguments.
     """
     args, shape, weights = checkpoint["args"], checkpoint["identity"]["shape"], checkpoint["best"]["model"]
     try:
         if args["depth"] > len(weights):
             raise ValueError("more blocks than weights")
-        with torch.device("meta"):  # a file may name any sizes: compare them before they take memory
+        with torch.device("meta"):  # a file may claim any sizes: compare shapes before allocating memory
             build_prior(args, shape, model).load_state_dict(weights, assign=True)
         prior = build_prior(args, shape, model)
         prior.load_state_dict(weights)
-    except Exception as error:  # what does not fit surfaces as almost any exception
+    except Exception as error:  # a mismatch can raise almost any exception
         raise ValueError(f"{checkpoint.get('path')} holds no prior of this version of the project") from error
     return prior.to(model.mean.device).eval()
 
@@ -263,5 +264,5 @@ def attention_kernel(device: torch.device, precision: str) -> contextlib.Abstrac
     """Return a context in which attention is fast: on a CPU in bfloat16, the plain formula beats the fused kernel."""
     if device.type != "cpu" or precision != "bfloat16":
         return contextlib.nullcontext()
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # despite its name, on any device
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # despite its name, it applies to any device
     return sdpa_kernel(SDPBackend.MATH)

@@ -18,10 +18,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LOOKUP_ELEMENTS = 2**20  # distances held at once: 4 MiB of float32 stay in a processor's cache
-LOOKUP_ELEMENTS_GPU = 2**26  # 256 MiB: few kernels, each with enough to do
-LOOKUP_ROWS = 16  # least vectors compared at once; with fewer, the matrix product is slow
-LOOKUP_BLOCK = 64  # codes whose least distance is found together
+LOOKUP_ELEMENTS = 2**20  # distances held at once: 4 MiB of float32 fit in a CPU's cache
+LOOKUP_ELEMENTS_GPU = 2**26  # 256 MiB: few kernel launches, each with enough work
+LOOKUP_ROWS = 16  # fewest vectors compared at once; with fewer, the matrix product is slow
+LOOKUP_BLOCK = 64  # codes per block in the two-step argmin
 KMEANS_ITERATIONS = 10
 
 
@@ -42,13 +42,14 @@ class VectorQuantizer(nn.Module):
         codebook_loss   mean (sg[z_e] - e_k*)^2               moves the codes
         commitment_loss mean (z_e - sg[e_k*])^2               moves the encoder
 
-    The channels are the space of the codes, and every other dimension is flattened: z_e of shape [16, 64, 32, 32] is
-    16,384 vectors of size 64. In train mode the codebook also changes, after the lookup; in eval mode nothing does.
-    With torch.distributed, the codebook learns from the vectors of all ranks, and stays the same on each.
+    The channels at each position are one vector, and all other dimensions are flattened: z_e of shape
+    [16, 64, 32, 32] is 16,384 vectors of size 64. In train mode `forward` also initialises and updates the codebook;
+    in eval mode it changes nothing. With torch.distributed, the codebook learns from the vectors of all ranks, and is
+    the same on each.
 
     The codes learn from `codebook_loss` through the optimizer. With `ema=True` they learn from moving averages of the
     vectors that chose them (appendix A.1), and `codebook_loss` has no gradient: N_k <- decay N_k + (1 - decay) n_k and
-    m_k <- decay m_k + (1 - decay) sum z_e give e_k = m_k / N_k. Kept here are e_k and N_k, so that a code that no
+    m_k <- decay m_k + (1 - decay) sum z_e give e_k = m_k / N_k. Only e_k and N_k are stored, so that a code that no
     vector chose stays exactly where it is.
 
     Args:
@@ -57,9 +58,9 @@ class VectorQuantizer(nn.Module):
         ema: learn the codes by moving averages.
         decay: EMA decay of each code's count, and with `ema` of the codes.
         kmeans_start: k-means initialisation on the first training batch. If that has fewer than K distinct vectors,
-            they become the first codes, and later batches give the rest. Without it, codes are uniform in [-1/K, 1/K].
-        revive_below: dead-code revival: a code whose average count is below this share of the mean count, and that
-            this batch does not use, moves onto a random vector of the batch. 0 switches revival off.
+            they become the first codes, and later batches give the rest. If False, codes are uniform in [-1/K, 1/K].
+        revive_below: dead-code revival: a code moves onto a random vector of the batch if the batch does not use it
+            and its average count is below this share of the mean count. 0 switches revival off.
     """
 
     def __init__(
@@ -85,17 +86,17 @@ class VectorQuantizer(nn.Module):
         else:
             self.codebook = nn.Parameter(codebook)
         self.register_buffer("ema_counts", torch.ones(codebook_size))
-        self.register_buffer("started", torch.tensor(0 if kmeans_start else codebook_size))  # initialised codes
-        self.all_started = not kmeans_start  # False: read `started`, for which the host waits for a GPU
+        self.register_buffer("started", torch.tensor(0 if kmeans_start else codebook_size))  # codes initialised
+        self.all_started = not kmeans_start  # if False, read `started`, which makes the host wait for a GPU
         self.register_buffer("revived", torch.zeros(codebook_size, dtype=torch.bool), persistent=False)
 
     def forward(self, z_e: Tensor) -> Quantized:
-        """Quantize z_e (B, D, *spatial); z_q has its shape and dtype. An empty batch gives zero losses.
+        """Quantize z_e (B, D, *spatial); z_q has the same shape and dtype. An empty batch gives zero losses.
 
         Raises:
-            ValueError: z_e has another number of channels or is not floating point.
-            FloatingPointError: z_e holds NaN or infinite values, and the codebook stays as it was; on a GPU and where
-                compiled, losses and codes turn NaN instead, since to raise would be to wait for the device.
+            ValueError: z_e does not have D channels or is not floating point.
+            FloatingPointError: z_e holds NaN or infinite values; the codebook is unchanged. On a GPU or if compiled,
+                losses and codes become NaN instead, since raising would have to wait for the device.
         """
         vectors, z = self._flatten(z_e)
         learning = self.training and (len(z) > 0 or world_size() > 1)
@@ -113,7 +114,7 @@ class VectorQuantizer(nn.Module):
         return Quantized(self._unflatten(z_q, z_e), self._unflatten(indices, z_e), codebook_loss, commitment_loss)
 
     def encode(self, z_e: Tensor) -> Tensor:
-        """Return the indices (B, *spatial) of z_e's nearest codes; changes nothing, in train mode neither."""
+        """Return the indices (B, *spatial) of z_e's nearest codes; changes nothing, even in train mode."""
         return self._unflatten(nearest_code(self._flatten(z_e.detach())[1], self.codebook.detach()), z_e)
 
     def lookup(self, indices: Tensor) -> Tensor:
@@ -128,7 +129,7 @@ class VectorQuantizer(nn.Module):
         return F.embedding(indices, self.codebook).movedim(-1, 1)
 
     def count(self, indices: Tensor) -> Tensor:
-        """Count each code's uses, (K,) int64. Counts of several batches add up; `perplexity` reads them."""
+        """Count each code's uses, (K,) int64. Counts of several batches can be added and passed to `perplexity`."""
         counts = torch.zeros(self.codebook_size, dtype=torch.int64, device=indices.device)
         return counts.index_add_(0, indices.flatten().long(), counts.new_ones(indices.numel()))
 
@@ -142,7 +143,7 @@ class VectorQuantizer(nn.Module):
                 moment.masked_fill_(self.revived[:, None], 0)
         self.revived.zero_()
 
-    def _flatten(self, z_e):  # (B, D, *spatial) -> (N, D), as it is and in float32
+    def _flatten(self, z_e):  # (B, D, *spatial) -> (N, D), in its own dtype and in float32
         if z_e.ndim < 2 or z_e.shape[1] != self.code_dim:
             raise ValueError(
                 f"z_e has shape {tuple(z_e.shape)} but needs (B, {self.code_dim}, ...), since the codes are "
@@ -175,14 +176,14 @@ class VectorQuantizer(nn.Module):
     def _start(self, z):
         first = int(self.started)
         self.all_started = first == self.codebook_size
-        if self.all_started:  # a loaded checkpoint says so
+        if self.all_started:  # known from a loaded checkpoint
             return
         z = gather_vectors(z)
-        distinct = z.unique(dim=0)  # equal vectors, as of an image's empty margin, would give equal codes
+        distinct = z.unique(dim=0)  # equal vectors, as in an image's empty margin, would give equal codes
         chosen = torch.randperm(len(distinct), device=z.device)[: self.codebook_size - first]
         last = first + len(chosen)
         self.codebook[first:last] = distinct[chosen]
-        self.codebook[last:] = self.codebook[0]  # never chosen until initialised: ties go to the lowest code
+        self.codebook[last:] = self.codebook[0]  # not chosen until initialised, since ties go to the lowest code
         self.started.fill_(last)
         self.all_started = last == self.codebook_size
         if self.all_started:
@@ -191,7 +192,7 @@ class VectorQuantizer(nn.Module):
                 counts = self.count(indices)[:, None]
                 self.codebook.copy_(torch.where(counts > 0, self._sums(z, indices) / counts, self.codebook))
         if world_size() > 1:
-            dist.broadcast(self.codebook.data, src=0)  # the random choice of rank 0
+            dist.broadcast(self.codebook.data, src=0)  # all ranks take rank 0's random choice
 
     @torch.no_grad()
     def _update(self, z, indices):
@@ -215,7 +216,7 @@ class VectorQuantizer(nn.Module):
             return
         z = gather_vectors(z)
 
-        # Equal vectors have equal projections; only the first of each may become a code.
+        # Equal vectors have equal projections; only the first of equal ones may become a code.
         projections, order = (z * torch.arange(1, self.code_dim + 1, device=z.device).sqrt()).sum(1).sort()
         distinct = F.pad(projections.diff() != 0, (1, 0), value=True)
         priority = torch.rand(len(z), device=z.device)
@@ -223,14 +224,14 @@ class VectorQuantizer(nn.Module):
             dist.broadcast(priority, src=0)
         order = order[priority.where(distinct, 2.0).argsort()]
 
-        rank = dead.cumsum(0) - 1  # of each dead code among them
+        rank = dead.cumsum(0) - 1  # position of each dead code among the dead ones
         moved = dead & (rank < distinct.sum())
         vectors = z[order[rank.clamp(0, len(z) - 1)]]
         self.codebook.copy_(vectors.where(moved[:, None], self.codebook))
-        self.ema_counts.copy_(mean_count.where(moved, self.ema_counts))  # time to find users; with `ema`, inertia
+        self.ema_counts.copy_(mean_count.where(moved, self.ema_counts))  # time to be chosen; with `ema`, also inertia
         self.revived |= moved
 
-    def _sums(self, z, indices):  # of the vectors that chose each code, (K, D)
+    def _sums(self, z, indices):  # sum of the vectors that chose each code, (K, D)
         return torch.zeros_like(self.codebook).index_add_(0, indices, z)
 
 
@@ -238,12 +239,12 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
     """Return argmin_k ||z_n - e_k||^2 for each vector z_n of z (N, D): (N,) int64, the lowest k of a tie.
 
     ||z_n||^2 is the same for all k, which leaves argmin_k 1/2 ||e_k||^2 - z_n . e_k: one matrix product, in chunks of
-    N so that memory does not grow with N x K. Distances are rounded as float32 rounds ||e_k|| (||e_k|| + ||z_n||),
-    counted from the middle of the codebook; of codes whose distances differ by less, either may be returned. On a GPU
-    this holds as long as float32 matrix products may not use TF32, the default.
+    N so that memory does not grow with N x K. The rounding error is that of float32 at ||e_k|| (||e_k|| + ||z_n||),
+    measured from the middle of the codebook; if two distances differ by less, either code may be returned. On a GPU
+    this requires that float32 matrix products do not use TF32, which is the default.
     """
     scale, middle, codebook, half_square = center_codebook(codebook)
-    # Matrix products round differently in their last, incomplete block: padded, equal codes get equal distances.
+    # Matrix products round differently in an incomplete last block; with padding, equal codes get equal distances.
     padding = -len(codebook) % LOOKUP_BLOCK
     half_square, codebook = F.pad(half_square, (0, padding), value=torch.inf), F.pad(codebook, (0, 0, 0, padding))
     elements = LOOKUP_ELEMENTS if z.is_cpu else LOOKUP_ELEMENTS_GPU
@@ -254,7 +255,7 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
     for chunk, chosen in zip(z.split(rows), indices.split(rows)):
         n = len(chunk)
         torch.addmm(half_square, center_vectors(chunk, scale, middle), codebook.T, alpha=-1, out=distances[:n])
-        # First the block that holds the least distance, then the place in it: argmin over a whole row is far slower.
+        # First find the block with the least distance, then the code in it: argmin over a whole row is far slower.
         blocks = distances[:n].unflatten(1, (-1, LOOKUP_BLOCK))
         block = blocks.amin(2).argmin(1)
         torch.add(blocks[row[:n], block].argmin(1), block, alpha=LOOKUP_BLOCK, out=chosen)
@@ -262,12 +263,12 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
 
 
 def center_codebook(codebook: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return scale, middle (D,), the codes scale e_k - middle (K, D), and half of their squared norms (K,)."""
-    # A power of two, which loses no digit, brings the codes to where float32 holds their squares.
+    """Return scale, middle (D,), the codes `scale * e_k - middle` (K, D), and half of their squared norms (K,)."""
+    # Scale by a power of two, which is exact, so that float32 can hold the squares of the codes.
     scale = 1 / power_of_two_above(codebook.abs().amax())
     codebook = codebook * scale
-    # Far from the origin ||e_k||^2 would drown the differences between codes, so the origin moves to their middle,
-    # rounded to a power of two above their spread: else the shift itself would lose digits, and with them exact ties.
+    # Far from the origin, ||e_k||^2 would drown the differences between codes, so move the origin to their middle.
+    # Round it to multiples of a power of two above their spread: else the shift would round, and exact ties get lost.
     middle = codebook.mean(0)
     step = power_of_two_above((codebook - middle).abs().amax())
     middle = (middle / step).round() * step
@@ -276,17 +277,17 @@ def center_codebook(codebook: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def center_vectors(z: Tensor, scale: Tensor, middle: Tensor) -> Tensor:
-    """Return scale z - middle (N, D), clamped far beyond all codes, where products would become infinite."""
+    """Return `scale * z - middle` (N, D), clamped far beyond all codes, so that products stay finite."""
     return torch.addcmul(-middle, z, scale).clamp_(-(2.0**100), 2.0**100)
 
 
 def power_of_two_above(value: Tensor) -> Tensor:
-    """Return the least power of two >= value, to float32's rounding, clamped so that its inverse is a normal number."""
+    """Return the least power of two >= value, to float32 rounding, clamped so that its inverse is a normal number."""
     return torch.exp2(value.clamp(2.0**-126, 2.0**126).log2().ceil())
 
 
 def can_read_values(values: Tensor) -> bool:
-    """Return whether Python may read values: on a GPU it would wait, and it would cut a compiled graph."""
+    """Return whether Python may read values: on a GPU it would have to wait, and when compiling it breaks the graph."""
     return values.is_cpu and not torch.compiler.is_compiling()
 
 
@@ -296,7 +297,7 @@ def world_size() -> int:
 
 
 def gather_vectors(z: Tensor) -> Tensor:
-    """Return the vectors (N, D) of all ranks, in the order of the ranks; N may differ between them."""
+    """Return the vectors (N, D) of all ranks, in rank order; N may differ between them."""
     if world_size() == 1:
         return z
     sizes = [torch.zeros(1, dtype=torch.int64, device=z.device) for _ in range(world_size())]
@@ -308,6 +309,6 @@ def gather_vectors(z: Tensor) -> Tensor:
 
 
 def perplexity(counts: Tensor) -> Tensor:
-    """Return exp(entropy) of the codes' shares: how many equally used codes would carry as much."""
+    """Return exp(entropy) of the codes' shares: how many equally used codes would carry as much information."""
     share = counts.cpu().double() / counts.sum().clamp(min=1e-30).cpu()
     return torch.special.entr(share).sum().exp()

@@ -25,8 +25,8 @@ from tqdm import tqdm
 from model import VQVAE, load_model, named
 
 SHOWN = 10  # images in reconstructed.png; --out writes all
-FROM_TEST_SET = 8  # images where no files are named
-LONGEST_NAME = 240  # bytes: with a number and its ending, a file's name has 255 at most
+FROM_TEST_SET = 8  # test images, if no files are named
+LONGEST_NAME = 240  # bytes: leaves room for a number and .png within the usual limit of 255
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -74,7 +74,7 @@ def main(args: argparse.Namespace):
 
 
 def load_images(args: argparse.Namespace, checkpoint: dict, model: VQVAE) -> tuple[list[str], list[Tensor]]:
-    """Return the names and the images (C, H, W) uint8, prepared as those of the training unless --full-size."""
+    """Return the names and the images (C, H, W) uint8, resized and cropped as in training unless --full-size."""
     if not args.files:
         images = first_images(dataset_of(checkpoint, Path(args.run), args.data_dir).test_images, FROM_TEST_SET)
         return [f"test {i}" for i in range(len(images))], list(images)
@@ -117,20 +117,20 @@ def reconstruct(
 
 @torch.inference_mode()
 def refine(model: VQVAE, x: Tensor, indices: list[Tensor], candidates: int) -> list[Tensor]:
-    """Search for codes that reconstruct the images x (B, C, H, W) with less error than those nearest to z_e.
+    """Search for codes that reconstruct the images x (B, C, H, W) with less error than the codes nearest to z_e.
 
-    At each place of the last level, the codes nearest to the chosen one are tried in its stead, and the one with the
-    least squared error stays. Places so far apart that no pixel depends on two of them are tried at once.
+    At each place of the last level, try the codes nearest to the chosen one, and keep the code with the least squared
+    error. Places so far apart that no pixel depends on two of them are searched at once.
 
     Args:
-        candidates: how many codes are tried at a place, the chosen one included.
+        candidates: how many codes to try at each place, including the chosen one.
     """
     *above, codes = *indices[:-1], indices[-1].clone()
     codebook, stride, reach = model.levels[-1].quantizer.codebook, model.strides[-1], model.levels[-1].decoder.reach
     apart = 2 * reach + 1
 
     def errors(place, at):
-        """Return the squared error of what each of the codes at work reaches, in the shape of `at`."""
+        """Return the squared error of the pixels that each code in `at` can change, in the shape of `at`."""
         error = (model.decode([*above, codes], x.shape[-2:]) - x).square().sum(1, keepdim=True)
         top, left = ((reach - start) * stride for start in place)
         error = F.avg_pool2d(F.pad(error, (left, 0, top, 0)), apart * stride, ceil_mode=True, divisor_override=1)
@@ -138,7 +138,7 @@ def refine(model: VQVAE, x: Tensor, indices: list[Tensor], candidates: int) -> l
 
     places = [*product(*(range(min(apart, length)) for length in codes.shape[-2:]))]
     for place in tqdm(places, "refining", leave=False, disable=None):
-        at = codes[:, place[0] :: apart, place[1] :: apart]  # a view: to write to it is to change the codes
+        at = codes[:, place[0] :: apart, place[1] :: apart]  # a view: writing to it changes the codes
         distances = torch.cdist(codebook[at].flatten(0, 2), codebook)
         tried = distances.topk(min(candidates, len(codebook)), largest=False).indices[:, 1:].unflatten(0, at.shape)
         best, least = at.clone(), errors(place, at)
@@ -152,7 +152,7 @@ def refine(model: VQVAE, x: Tensor, indices: list[Tensor], candidates: int) -> l
 
 @torch.inference_mode()
 def decode(model: VQVAE, indices: list[list[Tensor]], size: tuple[int, int]) -> list[Tensor]:
-    """Return the images (C, H, W) in [0, 1] of indices, on the CPU."""
+    """Decode indices to images (C, H, W) in [0, 1], on the CPU."""
     images = []
     for chunk in chunks(len(indices), size):
         levels = [torch.stack(level).to(model.mean.device) for level in zip(*(indices[i] for i in chunk))]
@@ -161,7 +161,7 @@ def decode(model: VQVAE, indices: list[list[Tensor]], size: tuple[int, int]) -> 
 
 
 def same_size_chunks(images: list[Tensor]) -> Iterator[list[int]]:
-    """Yield the numbers of images that follow one another and have one size, few enough to be computed at once."""
+    """Yield the positions of consecutive images of equal size, few enough to be computed at once."""
     start = 0
     while start < len(images):
         size = images[start].shape[-2:]
@@ -205,7 +205,7 @@ def write_images(folder: Path, names: list[str], images: Iterable[Tensor]):
 
 
 def write_codes(path: Path, names: list[str], indices: list, size: tuple, model: VQVAE, checkpoint: dict):
-    """Write what numpy alone can read: the indices (N, h, w) of every level or scale, names, K, and bits per image."""
+    """Write for numpy alone to read: the indices (N, h, w) of every level or scale, names, K, and bits per image."""
     levels = dict(zip((named("indices", name) for name in model.map_names), map(torch.stack, zip(*indices))))
     codebook_size = model.levels[0].quantizer.codebook_size
     bits = sum(level[0].numel() for level in levels.values()) * math.log2(codebook_size)
@@ -218,7 +218,7 @@ def read_codes(path: Path, model: VQVAE, checkpoint: dict) -> tuple[list[str], l
     """Return the names, the indices and the size of the images of a codes.npz.
 
     Raises:
-        ValueError: it is damaged, or of another model.
+        ValueError: it is damaged, or from another model.
     """
     if not path.is_file():
         raise ValueError(f"{printable(path)} is not there, or no file")
@@ -247,7 +247,7 @@ def read_codes(path: Path, model: VQVAE, checkpoint: dict) -> tuple[list[str], l
 
 
 def free_name(path: Path) -> Path:
-    """Return the path, or with _2, _3, ... if it is taken."""
+    """Return the path, with _2, _3, ... added if it is taken."""
     tried, number = path, 1
     while tried.exists():
         number += 1
@@ -256,8 +256,8 @@ def free_name(path: Path) -> Path:
 
 
 def unique_names(paths: list[Path]) -> list[str]:
-    """Return a file name without ending for each path; those alike get a number."""
-    names, numbers = {}, Counter()  # in order; alike is also what differs in capitals alone, for Windows and macOS
+    """Return a file name without extension for each path; duplicates get a number."""
+    names, numbers = {}, Counter()  # in order; names that differ only in case are duplicates on Windows and macOS
     for path in paths:
         name = stem = safe_name(path.stem).encode()[:LONGEST_NAME].decode(errors="ignore").rstrip(" .")
         while name.casefold() in names:

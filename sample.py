@@ -23,12 +23,12 @@ from model import VQVAE, load_model
 from prior import Prior, generate, load_prior
 
 PER_CLASS = 10
-COMPLETIONS = 8  # of each image
+COMPLETIONS = 8  # per image
 TEMPERATURE, TOP_P, GUIDANCE = 1.0, 0.97, 1.35
 
 
 def trained_on(vqvae: dict) -> dict:
-    """Return what a prior keeps of the checkpoint whose codes it learns."""
+    """Return what a prior's checkpoint stores about the checkpoint of its VQ-VAE."""
     return {"vqvae": vqvae["digest"], "vqvae_step": vqvae["progress"]["step"]}
 
 
@@ -58,7 +58,7 @@ def class_numbers(wanted: list[str], names: list[str] | None) -> list[int]:
     """Return the numbers of classes that are given by name or by number.
 
     Raises:
-        ValueError: one is neither; the message lists those there are.
+        ValueError: one is neither; the message lists the classes.
     """
     names, numbers = names or [], []
     for text in wanted:
@@ -75,12 +75,12 @@ def class_numbers(wanted: list[str], names: list[str] | None) -> list[int]:
 def sample(
     model: VQVAE, prior: Prior, num: int | None = None, classes: list[int] | None = None, seed: int = 0, **options
 ) -> Tensor:
-    """Draw new images (num, C, H, W) uint8, as many of each class, one class after another.
+    """Draw new images (num, C, H, W) uint8, split evenly over the classes, one class after another.
 
     Args:
         num: by default 10 of each class, or 100 without classes.
-        classes: by default all there are.
-        options: temperature, top_k, top_p and guidance, of `prior.generate`.
+        classes: class numbers; by default all.
+        options: temperature, top_k, top_p and guidance; see `prior.generate`.
 
     Raises:
         ValueError: the prior knows no such class.
@@ -89,7 +89,7 @@ def sample(
 
 
 def labels_of(prior: Prior, num: int | None = None, classes: list[int] | None = None) -> Tensor:
-    """Return the labels (num,) of images of these classes, as many of each as can be, one class after another."""
+    """Return labels (num,), split as evenly as possible over these classes, one class after another."""
     wanted = list(range(max(1, prior.classes))) if classes is None else classes
     if classes is not None and not (wanted and 0 <= min(wanted) <= max(wanted) < prior.classes):
         raise ValueError(f"--classes {wanted}: the prior was trained on {prior.classes} classes, from 0 on")
@@ -100,7 +100,7 @@ def labels_of(prior: Prior, num: int | None = None, classes: list[int] | None = 
 
 @torch.inference_mode()
 def draw(model: VQVAE, prior: Prior, labels: Tensor, seed: int = 0, given: Tensor | None = None, **options) -> Tensor:
-    """Draw an image (N, C, H, W) uint8 for each label (N,), going on from the codes (N, t) given."""
+    """Draw an image (N, C, H, W) uint8 for each label (N,), continuing the codes `given` (N, t)."""
     return render(model, draw_codes(model, prior, labels, seed, given, **options))
 
 
@@ -108,7 +108,7 @@ def draw(model: VQVAE, prior: Prior, labels: Tensor, seed: int = 0, given: Tenso
 def draw_codes(
     model: VQVAE, prior: Prior, labels: Tensor, seed: int = 0, given: Tensor | None = None, **options
 ) -> list[Tensor]:
-    """Draw the codes of an image for each label, as `draw`: the indices (N, h, w) of each level or scale."""
+    """Draw the codes of an image for each label, like `draw`: the indices (N, h, w) of each level or scale."""
     device = prior.level_at.device
     options = {"temperature": TEMPERATURE, "top_p": TOP_P, "guidance": GUIDANCE} | options
     was_training = prior.training
@@ -126,7 +126,7 @@ def draw_codes(
 
 @torch.inference_mode()
 def render(model: VQVAE, levels: list[Tensor | None], size: Sequence[int] | None = None) -> Tensor:
-    """Return the images (N, C, H, W) uint8 of indices (N, h, w), on the CPU, as `VQVAE.decode` makes them."""
+    """Decode indices (N, h, w) to images (N, C, H, W) uint8 on the CPU, in chunks; see `VQVAE.decode`."""
     count = next(len(level) for level in levels if level is not None)
     images = []
     for part in chunks(count, model.image_size, most=500):
@@ -192,7 +192,7 @@ def main(args: argparse.Namespace):
 
 
 def save_scales(path: Path, model: VQVAE, levels: list[Tensor]):
-    """Draw some of the samples, of all classes, after each scale of their codes."""
+    """Draw some of the samples, spread over the classes, decoded up to each scale."""
     some = torch.linspace(0, len(levels[0]) - 1, min(PER_CLASS, len(levels[0]))).long()
     views = figures.views(model, [codes[some] for codes in levels])
     rows = [render(model, indices) for indices in views.values()]

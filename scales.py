@@ -6,9 +6,9 @@ Shapes: B batch, D code_dim, K codebook_size, scale s of S has h_s x w_s codes, 
     codebook  (K, D) float32
 
 Source: multi-scale residual quantization, VAR, arXiv 2404.02905, algorithms 1 and 2. Departures: upscaling is bilinear,
-many times as fast on a CPU as bicubic; the convolution after it starts as the identity; the last scale, which is
-not upscaled, has none, so that one scale is `VectorQuantizer`; and the codes of all scales learn together, from the
-residuals that they stand for.
+many times as fast on a CPU as bicubic; the convolution after it starts as the identity; the last scale is not upscaled
+and has no convolution, so that a single scale equals `VectorQuantizer`; and the codes of all scales learn together,
+from the residuals that they quantize.
 """
 
 import re
@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from quantizer import Quantized, VectorQuantizer
 
 Size = tuple[int, int]  # (height, width) in codes
-PHI_SHARE = 0.1  # of each convolution's output: else phi changes faster than the codes can follow
+PHI_SHARE = 0.1  # weight of each convolution's output: with 1, phi changes faster than the codes can follow
 
 
 class MultiScaleQuantizer(VectorQuantizer):
-    """Replace z_e by a sum of codes, scale after scale, each quantizing what the scales before it left over.
+    """Replace z_e by a sum of codes: each scale quantizes the residual of the scales before it.
 
         r_1     = z_e                                   the residual; r_{s+1} = r_s - u_s
         d_s     = downscale(r_s)                        (B, D, h_s, w_s), its local means
@@ -35,13 +35,13 @@ class MultiScaleQuantizer(VectorQuantizer):
         phi_s   = 1 + 0.1 conv_s                        a convolution added to its input; starts as the identity
         z_q     = u_1 + ... + u_S                       with the gradient of z_e: straight-through estimator
 
-    `VectorQuantizer` sees the d_s of all scales as one batch. From it come the losses, mean (sg[d_s] - e_s)^2 and
-    mean (d_s - sg[e_s])^2 over all T codes, both ways of learning the codebook, its start, and dead-code revival.
-    phi_s learns to leave little over: codebook_loss has the gradient of mean (sg[r_s] - phi_s(upscale(sg[e_s])))^2 as
-    well. Trained by the reconstruction loss instead, it lets residuals and codes grow without bound.
+    `VectorQuantizer` takes the d_s of all scales as one batch. It computes the losses, mean (sg[d_s] - e_s)^2 and
+    mean (d_s - sg[e_s])^2 over all T codes, and it initialises, learns and revives the codes. phi_s learns to make the
+    residual small: codebook_loss also has the gradient of sum_s mean (sg[r_s] - phi_s(upscale(sg[e_s])))^2. If phi_s
+    learned from the reconstruction loss instead, residuals and codes would grow without bound.
 
     Args:
-        scales: (h_s, w_s), growing; z_e has the size of the last one.
+        scales: (h_s, w_s) in growing order; z_e has the size of the last one.
         codebook_size, code_dim, options: of `VectorQuantizer`; all scales share the codebook.
     """
 
@@ -63,7 +63,7 @@ class MultiScaleQuantizer(VectorQuantizer):
         return Quantized(
             z_q.to(z_e.dtype) + (z_e - z_e.detach()),  # exactly the sum, with z_e's gradient
             self._split(quantized.indices),
-            quantized.codebook_loss + (phi_loss - phi_loss.detach()),  # its gradient, and the value of the codes alone
+            quantized.codebook_loss + (phi_loss - phi_loss.detach()),  # adds phi's gradient, but not its value
             quantized.commitment_loss,
         )
 
@@ -72,10 +72,10 @@ class MultiScaleQuantizer(VectorQuantizer):
         return self._split(super().encode(self._residuals(z_e.detach())))
 
     def lookup(self, indices: list[Tensor | None]) -> Tensor:
-        """Return the sum (B, D, h, w) of the codes of all scales, or of some: the first ones, or all but None.
+        """Return the sum (B, D, h, w) of the codes of all scales, or of the first ones; None leaves a scale out.
 
         Raises:
-            ValueError: the maps of indices have other sizes than the scales, or there is none.
+            ValueError: the maps of indices do not have the sizes of the scales, or there is none.
         """
         sizes = [None if chosen is None else tuple(chosen.shape[1:]) for chosen in indices]
         known = {scale: chosen for scale, chosen in enumerate(indices) if chosen is not None}
@@ -86,7 +86,7 @@ class MultiScaleQuantizer(VectorQuantizer):
 
     @torch.no_grad()
     def contexts(self, indices: list[Tensor], batch: int) -> list[Tensor]:
-        """Return what a prior sees of each scale, the one after those of `indices` included, before it is drawn.
+        """Return a prior's input for each scale of `indices` and for the next one.
 
         Returns:
             (batch, D, h_s, w_s) for each: the sum of the scales before it, resized to it; zeros for the first.
@@ -105,7 +105,7 @@ class MultiScaleQuantizer(VectorQuantizer):
     def _residuals(self, z_e):  # (B, D, h, w) -> each scale's d_s, side by side: (B, D, T) float32
         if (size := z_e.shape[2:]) != self.scales[-1]:
             raise ValueError(f"z_e has {listed([size])} vectors, but the scales are {listed(self.scales)}")
-        # Before the codebook has its start, every vector is its own code: k-means then sees what it will have to code.
+        # Until the codebook is initialised, every vector is its own code, so that k-means sees realistic residuals.
         starting = self.training and not self.all_started and int(self.started) < self.codebook_size
         residual, residuals = z_e.float(), []
         for scale, size in enumerate(self.scales):
@@ -125,7 +125,7 @@ class MultiScaleQuantizer(VectorQuantizer):
         if self.scales[scale] == self.scales[-1]:
             return codes
         with torch.autocast(codes.device.type, enabled=False):
-            codes = codes.clone(memory_format=torch.channels_last)  # of one layout: layouts round differently
+            codes = codes.clone(memory_format=torch.channels_last)  # one memory layout: others round differently
             upscaled = F.interpolate(codes, self.scales[-1], mode="bilinear")
             return upscaled + PHI_SHARE * self.phi[scale](upscaled)
 
@@ -140,9 +140,9 @@ def listed(sizes: Iterable[Size]) -> str:
 
 
 def parse_scales(text: str | None, grid: Sequence[int]) -> list[Size]:
-    """Return the scales of images whose codes make a grid: of "1,2,4,7", or "1,2x3,3x5" for images that are not square.
+    """Parse scales such as "1,2,4,7", or "1,2x3,3x5" for images that are not square; the last one must be the grid.
 
-    "auto" stands for sides of 1, 2, 4, ... up to the grid, None for no scales.
+    "auto" means sides of 1, 2, 4, ... up to the grid; None means no scales.
 
     Raises:
         ValueError: the text is something else, or the scales do not grow, or do not end at the grid.

@@ -28,7 +28,7 @@ from model import VQVAE, build_model, named
 from muon import Muon
 from quantizer import Quantized, perplexity
 
-CURVE_IMAGES = 1000  # most test images behind the curve of the test MSE; summary.json is about all of them
+CURVE_IMAGES = 1000  # the test-MSE curve uses at most this many test images; summary.json uses all
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -72,7 +72,7 @@ def main(args: argparse.Namespace):
         image_shape = tuple(data.train_images.shape[1:])  # (C, H, W)
         if args.downsample is None:
             args.downsample = 4 if args.levels > 1 or max(image_shape) <= 64 else 8
-        if args.lr is None:  # Muon's steps are all of one size: the more there are, the smaller
+        if args.lr is None:  # Muon's updates all have the same size, so more steps need smaller ones
             args.lr = 0.3 * args.steps**-0.5
         check_memory(lambda: build_model(vars(args), image_shape), run.device)
         test_images = first_images(data.test_images, CURVE_IMAGES)
@@ -81,7 +81,7 @@ def main(args: argparse.Namespace):
         if run.rank == 0:
             write_listing(data, run.folder)
 
-    # Model and optimizers: convolutions learn by Muon, codes with a learning rate of their own
+    # Model and optimizers: Muon for the convolutions, Adam for biases and codes; codes have their own learning rate
     torch.manual_seed(args.seed)
     model = build_model(vars(args), image_shape, mean=data.mean, std=data.std)
     model.to(run.device, memory_format=torch.channels_last).train()
@@ -89,7 +89,7 @@ def main(args: argparse.Namespace):
     biases = [p for p in model.parameters() if p.ndim == 1]
     muon = Muon([p for p in model.parameters() if p.ndim == 4], torch.float32, weight_decay=0.0)
     optimizer = torch.optim.Adam([{"params": biases}, {"params": codebooks}], betas=(0.9, 0.99), fused=True)
-    means = Means()  # of what is logged, since the last line
+    means = Means()  # of the logged values since the last line
     run.keep(model=model, muon=muon, optimizer=optimizer, means=means)  # saved and restored under these names
     forward = run.parallel(model)
 
@@ -104,13 +104,13 @@ def main(args: argparse.Namespace):
             with run.autocast():
                 x_recon, levels = forward(x)
 
-            # Objective: arXiv 1711.00937, equation 3, of normalised images
+            # Objective: arXiv 1711.00937, equation 3, on normalised images
             recon_loss = ((x_recon - x) / model.std).square().mean()
             codebook_loss = sum(level.codebook_loss for level in levels)
             commitment_loss = sum(level.commitment_loss for level in levels)
             loss = recon_loss + codebook_loss + args.beta * commitment_loss
 
-            # Update. DistributedDataParallel averages gradients over the ranks, whose shares of a batch may differ.
+            # Update. DistributedDataParallel averages gradients over ranks; weight each by its share of the batch.
             groups = muon.param_groups + optimizer.param_groups
             for group, highest in zip(groups, (args.lr, args.lr, args.codebook_lr)):
                 group["lr"] = highest * run.schedule(step)
@@ -121,7 +121,7 @@ def main(args: argparse.Namespace):
             muon.step()
             optimizer.step()
 
-            # Log and save. The checkpoint comes first: nothing that is measured or drawn can cost a step.
+            # Log and save. The checkpoint comes first, so that a failed measurement or picture loses no step.
             means.add(run.share(x), recon_loss=recon_loss, **named_values(model, levels))
             if run.saves_at(step):
                 run.save()
@@ -130,7 +130,7 @@ def main(args: argparse.Namespace):
 
 
 def named_values(model: VQVAE, levels: list[Quantized]) -> dict[str, Tensor]:
-    """Name what is logged of each level: its losses, and how often each code was used (K,)."""
+    """Return the values to log for each level: its losses, and how often each code was used (K,)."""
     values = {}
     for name, level, quantized in zip(model.level_names, model.levels, levels):
         values[named("codebook_loss", name)] = quantized.codebook_loss
@@ -140,7 +140,7 @@ def named_values(model: VQVAE, levels: list[Quantized]) -> dict[str, Tensor]:
 
 
 def report(run: Run, model: VQVAE, means: Means, data: Dataset, test_images: Tensor):
-    """Write a row of metrics.csv; at a save also measure and draw, and at the last step write the summary."""
+    """Write a row of metrics.csv; when saving, also measure and draw; at the last step, also write the summary."""
     row = {}
     for name, value in means.compute().items():
         if name.startswith("counts"):

@@ -1,9 +1,9 @@
-"""Train a prior over the codes of a trained VQ-VAE, from which new images are drawn: `python train_prior.py`.
+"""Train a prior over the codes of a trained VQ-VAE, to draw new images from: `python train_prior.py`.
 
-The VQ-VAE stays as it is; its training images are encoded once. Reported is the cross-entropy of the codes in nats:
-what a code costs if it is predicted from those drawn before it.
+The VQ-VAE is frozen, and its training images are encoded once. The reported loss is the cross-entropy per code, in
+nats, given the codes before it.
 
-Source: prior over the codes, arXiv 1711.00937, section 3.3; over those of scales, arXiv 2404.02905, section 3.2.
+Source: prior over the codes, arXiv 1711.00937, section 3.3; scale by scale, arXiv 2404.02905, section 3.2.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from muon import Muon
 from prior import Prior, attention_kernel, build_prior, load_prior
 from sample import sample, trained_on
 
-HELD_OUT = 0.05  # share of the training images that chooses the best prior
+HELD_OUT = 0.05  # share of the training images held out to choose the best prior
 DROPPED_LABELS = 0.1  # share of the labels dropped in training, for classifier-free guidance
 CODES = "codes.pt"
 
@@ -74,7 +74,7 @@ def main(args: argparse.Namespace):
         check_memory(lambda: build_prior(vars(args), shape, model), run.device)
         run.begin(len(train), f"images of {codes['dataset']} as codes", **trained_on(vqvae), shape=shape)
         if run.checkpoint:
-            load_prior(run.checkpoint, model)  # or its best weights would be kept, and not fit
+            load_prior(run.checkpoint, model)  # raises if its best weights do not fit, which `keep` would not notice
 
     # Model and optimizers: with Muon, the blocks' matrices learn in a third of the steps that AdamW needs
     torch.manual_seed(args.seed)
@@ -85,7 +85,7 @@ def main(args: argparse.Namespace):
     muon = Muon(matrices, getattr(torch, args.precision), weight_decay=args.weight_decay)
     adamw = torch.optim.AdamW(others, weight_decay=args.weight_decay, betas=(0.9, 0.95), fused=True)
     best = {"held_out_nats": math.inf, "step": 0, "model": prior.state_dict()}  # the weights that `sample.py` loads
-    means = Means()  # of what is logged, since the last line
+    means = Means()  # of the logged values since the last line
     run.keep(model=prior, muon=muon, adamw=adamw, best=best, means=means)  # saved and restored under these names
     forward = run.parallel(prior)
 
@@ -101,7 +101,7 @@ def main(args: argparse.Namespace):
                 logits = forward(targets, labels)
             loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
-            # Update. DistributedDataParallel averages gradients over the ranks, whose shares of a batch may differ.
+            # Update. DistributedDataParallel averages gradients over ranks; weight each by its share of the batch.
             for group, highest in zip(muon.param_groups + adamw.param_groups, (args.lr, args.embedding_lr)):
                 group["lr"] = highest * run.schedule(step)
             prior.zero_grad()
@@ -110,7 +110,7 @@ def main(args: argparse.Namespace):
             muon.step()
             adamw.step()
 
-            # Log and save. The checkpoint comes first: nothing that is measured or drawn can cost a step.
+            # Log and save. The checkpoint comes first, so that a failed measurement or picture loses no step.
             means.add(run.share(batch), train_nats=loss)
             if run.saves_at(step):
                 run.save()
@@ -119,7 +119,7 @@ def main(args: argparse.Namespace):
 
 
 def report(run: Run, model: VQVAE, prior: Prior, best: dict, means: Means, codes: dict):
-    """Write a row of prior_metrics.csv; at a save also keep the best prior and draw, at the last step summarize."""
+    """Write a row of prior_metrics.csv; when saving, also keep the best prior and draw; at the last step, summarize."""
     train_nats = means.compute()["train_nats"].item()
     if not run.saves_at(run.step):
         means.reset()
@@ -131,7 +131,7 @@ def report(run: Run, model: VQVAE, prior: Prior, best: dict, means: Means, codes
         if held_out_nats < best["held_out_nats"]:
             weights = {name: value.detach().cpu().clone() for name, value in prior.state_dict().items()}
             best.update(held_out_nats=held_out_nats, step=run.step, model=weights)
-    run.save()  # again, with the best prior; before the log, so that a restart makes what is still to come
+    run.save()  # again, with the best prior; before the log, so that a restart repeats this report
     means.reset()
     if run.rank == 0:
         run.log({"train_nats": train_nats, "held_out_nats": held_out_nats})
@@ -151,13 +151,13 @@ def draw(run: Run, model: VQVAE, prior: Prior, best_step: int, codes: dict):
 
 
 def load_codes(run: Run, model: VQVAE, vqvae: dict) -> dict:
-    """Encode the data set of a VQ-VAE, or read what an earlier call wrote for the same checkpoint.
+    """Encode the data set of a VQ-VAE, or read the codes that an earlier call wrote for the same checkpoint.
 
-    Rank 0 encodes; the other ranks then read what it has written.
+    Rank 0 encodes and writes; then the other ranks read.
 
     Returns:
-        train, test: (N, 1 + T) int64, each image's label, 0 without labels, and its codes.
-        grids: (h, w) of each level or scale; class_names: none without labels; dataset: its name.
+        train, test: (N, 1 + T) int64: each image's label (0 without labels), then its codes.
+        grids: (h, w) of each level or scale; class_names: empty without labels; dataset: its name.
         key: the checkpoint's digest.
     """
     path = run.folder / CODES
@@ -169,7 +169,7 @@ def load_codes(run: Run, model: VQVAE, vqvae: dict) -> dict:
             if run.rank == 0:
                 from_rank_0()
             return codes
-    # With --resume, the folder of the data comes from a file.
+    # With --resume, data_dir comes from a file: do not download to it.
     download = run.args.data_dir is not None and run.args.resume is None
     data = dataset_of(vqvae, run.folder, run.args.data_dir, download)
     codes = {"key": vqvae["digest"], "dataset": data.name, "class_names": data.class_names or []}
@@ -191,8 +191,8 @@ def load_codes(run: Run, model: VQVAE, vqvae: dict) -> dict:
 
 
 def fits(codes: dict, vqvae: dict, model: VQVAE) -> bool:
-    """Return whether codes from a file are such as `load_codes` makes of this checkpoint."""
-    with contextlib.suppress(Exception):  # what does not fit surfaces as almost any exception
+    """Return whether codes from a file fit this checkpoint."""
+    with contextlib.suppress(Exception):  # a mismatch can raise almost any exception
         names, shape = vqvae["identity"]["class_names"] or [], vqvae["identity"]["image_shape"]
         grids = model.grids(shape[1:])
         good = codes["key"] == vqvae["digest"] and codes["grids"] == grids and codes["class_names"] == names
@@ -205,7 +205,7 @@ def fits(codes: dict, vqvae: dict, model: VQVAE) -> bool:
 
 
 def held_out_split(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Split off a share of the training images, always the same."""
+    """Split rows into training and held-out rows; the split is always the same."""
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(rows)))
     share = max(1, int(HELD_OUT * len(rows)))
     return rows[order[share:]], rows[order[:share]]
@@ -213,7 +213,7 @@ def held_out_split(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def nats(prior: Prior, rows: Tensor, any_class: bool = False) -> float:
-    """Return the cross-entropy per code, in nats, of rows (N, 1 + T) of labels and codes, in float32."""
+    """Return the cross-entropy per code, in nats, of rows (N, 1 + T) of a label and codes, computed in float32."""
     was_training = prior.training
     prior.eval()
     total = 0.0

@@ -1,17 +1,17 @@
-"""All that a run needs around its algorithm; nothing here imports a file of the top level."""
+"""Everything a run needs around its algorithm; nothing here imports a top-level file."""
 
 import logging
 import os
 import sys
 
-# The number of a stream that is closed would go to the next file opened, and then take the warnings of any library.
+# If a standard stream is closed, the next file opened gets its number, and would receive the warnings of libraries.
 for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
     if getattr(sys, name) is None:
         setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - stays open until Python ends
 
-logging.getLogger("matplotlib").setLevel(logging.ERROR)  # on import, it warns of a home folder it cannot write to
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns on import if it cannot write to the home folder
 
 # OpenMP's threads spin while they wait, by default so long that two trainings side by side slow each other down
-# fivefold. It must be set before torch is imported, which is why imports of harness stand above those of torch.
+# fivefold. This must be set before torch is imported, so harness is imported before torch.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")

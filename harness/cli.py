@@ -18,13 +18,13 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         usage=argparse.SUPPRESS,  # --help lists the flags once
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.register("type", None, not_empty)  # of flags that name no type
-    parser.error = lambda message: fail(message, code=2)  # whatever a name in it holds
+    parser.register("type", None, not_empty)  # for flags without a type
+    parser.error = lambda message: fail(message, code=2)  # escapes control characters
     return parser
 
 
 def not_empty(text: str) -> str:
-    """Return a flag's text: "" is a shell variable that was not set, and as a path the working directory."""
+    """Return the text, but refuse "": it is often an unset shell variable, and as a path the working directory."""
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     return text
@@ -41,12 +41,12 @@ def number(kind: type, low: float, below: float = math.inf, above: bool = False)
             raise argparse.ArgumentTypeError(f"{text} must be {least}{bound}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse names it in its own messages
+    parse.__name__ = kind.__name__  # argparse shows it in its own messages
     return parse
 
 
 def check_values(parser: argparse.ArgumentParser, values: dict, source: str):
-    """Raise ValueError unless the flags could have given these values, which come from a file."""
+    """Raise ValueError unless these values from a file are ones that the flags accept."""
     for action in parser._actions:
         if action.dest == "help":
             continue
@@ -61,21 +61,21 @@ def check_values(parser: argparse.ArgumentParser, values: dict, source: str):
 
 
 def say(*lines: str, error: bool = False):
-    """Print lines at once. A closed pipe or a full disk behind the output drops them: they must not stop a run.
+    """Print lines and flush. If the output is a closed pipe or a full disk, drop them: they must not stop a run.
 
-    What a name holds starts no line of its own: control characters are escaped.
+    Control characters are escaped, so that a name cannot start a new line.
     """
     stream = sys.stderr if error else sys.stdout
     try:
         with contextlib.suppress(AttributeError):
-            stream.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
+            stream.reconfigure(errors="backslashreplace")  # for characters that the terminal's encoding lacks
         print("\n".join(map(printable, lines)), file=stream, flush=True)
     except (OSError, ValueError, AttributeError):
         drop_output(error)
 
 
 def drop_output(error: bool):
-    """Send what follows to nowhere, or Python would fail on the same stream again when it ends."""
+    """Discard all further output, or Python would fail on the same stream again when it ends."""
     nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - stays open until Python ends
     if error:
         sys.stderr = nowhere
@@ -85,7 +85,7 @@ def drop_output(error: bool):
 
 @contextlib.contextmanager
 def user_errors():
-    """Turn a mistake that the user can mend, a ValueError or OSError, into one line on stderr and exit code 2."""
+    """Turn a user's mistake, a ValueError or OSError, into one line on stderr and exit code 2."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -110,7 +110,7 @@ def command(script: str, *words, start: str = "") -> str:
 
 
 def printable(name) -> str:
-    """Return a file's name as it can be shown: control characters and bytes that are no UTF-8 are escaped."""
+    """Return a file name fit to print: control characters and bytes that are not UTF-8 are escaped."""
     text = str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 

@@ -35,8 +35,8 @@ from torchvision.transforms.functional import resize
 IDX = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "kmnist": datasets.KMNIST}
 NAMES = (*IDX, "cifar10", "digits")
 LISTING = "images.txt"  # the names and digests of a folder's images
-FIRST_PIXELS = 2**26  # most pixels of the images that `first_images` holds
-CHUNK_PIXELS = 2**19  # measured, encoded or drawn at once: the larger the images, the fewer of them
+FIRST_PIXELS = 2**26  # most pixels that `first_images` returns, per channel
+CHUNK_PIXELS = 2**19  # pixels measured, encoded or drawn at once; larger images make smaller chunks
 # torchvision checks the archives that it downloads, never the files that it extracts from them.
 MNIST_MD5 = {
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
@@ -55,8 +55,8 @@ class Dataset(NamedTuple):
     mean: Tensor  # (C,) of the training images' pixels in [0, 1]
     std: Tensor
     class_names: list[str] | None
-    digest: str  # the same for the same images
-    files: list[str] | None = None  # of a folder: "name digest" of each image
+    digest: str  # identifies the images
+    files: list[str] | None = None  # for a folder: "name digest" of each image
 
 
 class Unavailable(ValueError):
@@ -107,12 +107,12 @@ def color(text: str) -> str:
 
 
 def load_training_data(args: argparse.Namespace, checkpoint: dict | None = None) -> Dataset:
-    """Load the data set of the flags; "auto" is MNIST, or else the embedded digits with a loud warning.
+    """Load the data set of the flags; "auto" is MNIST or, with a loud warning, scikit-learn's digits.
 
-    Rank 0 downloads, decodes and decides; the other ranks then load what it took.
+    Rank 0 downloads, decodes and decides; the other ranks then load the same data set.
 
     Args:
-        checkpoint: of the run to go on with; with --resume its images must be the same.
+        checkpoint: of the run to resume; with --resume its images must be the same.
     """
     leads, memory_limit = world_size() == 1 or torch.distributed.get_rank() == 0, args.memory_limit
     if not leads:
@@ -120,7 +120,7 @@ def load_training_data(args: argparse.Namespace, checkpoint: dict | None = None)
         memory_limit = math.inf if in_memory else 0
     options = (args.image_size, args.background, memory_limit, args.skip_bad_images, Path(args.out_dir, IMAGE_CACHE))
     try:
-        # With --resume, the name and the folder come from a file, and the data must have been there already.
+        # With --resume, the name and the folder come from a file: download nothing, the data must be there.
         name, download = "mnist" if args.dataset == "auto" else args.dataset, args.resume is None
         data = load_dataset(name, args.data_dir, *options, download=download)
     except Unavailable as error:
@@ -154,20 +154,20 @@ def load_dataset(
     cache: Path | None = None,
     download: bool = True,
 ) -> Dataset:
-    """Load a data set by name, downloading it into `data_dir` when it is missing, or a folder of images by its path.
+    """Load a data set by name, downloading it to `data_dir` if it is missing, or a folder of images by its path.
 
     Args:
-        image_size: scale the short side to this many pixels, and crop the centre. Without it all must share one size.
+        image_size: scale the short side to this many pixels, and crop the centre. None: all must have one size already.
         background: the colour behind transparent images of a folder.
-        memory_limit: in GB; a folder of more than this, uint8, is read from disk while training. None: half of what is
-            free.
+        memory_limit: in GB; if a folder's images take more as uint8, they are read from disk while training. None: half
+            of the free memory.
         skip_bad_images: leave out images of a folder that cannot be decoded.
-        cache: file that a folder's images, once decoded, are kept in until the folder changes.
+        cache: file that keeps a folder's decoded images until the folder changes.
         download: whether a missing data set may be downloaded.
 
     Raises:
-        Unavailable: it is neither in `data_dir` nor can it be downloaded.
-        ValueError: a file of it is truncated or corrupt; the message names the file.
+        Unavailable: it is not in `data_dir` and cannot be downloaded.
+        ValueError: one of its files is truncated or corrupt; the message names the file.
     """
     if name not in NAMES:
         if not Path(name).is_dir():
@@ -189,10 +189,10 @@ def load_dataset(
 
 
 def dataset_of(checkpoint: dict, folder: Path, data_dir: str | None = None, download: bool | None = None) -> Dataset:
-    """Load the data set that the run in a folder was trained on, from `data_dir` if it is elsewhere now.
+    """Load the data set that the run in a folder was trained on, from `data_dir` if it has moved.
 
     Args:
-        download: whether it may be downloaded to `data_dir`, if it is missing; by default if `data_dir` is given.
+        download: whether to download it to `data_dir` if it is missing; by default only if `data_dir` is given.
 
     Raises:
         ValueError: it cannot be loaded, or it has changed.
@@ -205,7 +205,7 @@ def dataset_of(checkpoint: dict, folder: Path, data_dir: str | None = None, down
     if not (name in NAMES or Path(name).is_dir()):
         raise ValueError(f"{name} is not there, and needs to be the run's folder of images; name it with --data-dir")
     options = (args["image_size"], args["background"], args["memory_limit"], args["skip_bad_images"])
-    # Only a folder that the user names now is written to: the one in the file may be anybody's.
+    # Download only to a folder that the user names now: the one in the checkpoint may be anybody's.
     download = data_dir is not None if download is None else download
     try:
         data = load_dataset(name, data_dir or args["data_dir"], *options, folder / IMAGE_CACHE, download)
@@ -236,7 +236,7 @@ def check_same(data: Dataset, checkpoint: dict, folder: str | Path):
 
 
 def write_listing(data: Dataset, folder: Path):
-    """Write the names and digests of a folder's images, by which `check_same` says what has changed."""
+    """Write the names and digests of a folder's images, so that `check_same` can say what has changed."""
     if data.files:
         write_whole(folder / LISTING, "\n".join([*data.files, ""]))
 
@@ -248,7 +248,7 @@ def torchvision_splits(name: str, data_dir: str | Path, download: bool) -> tuple
     with network_timeout(30):
         try:
             loaded = [source(data_dir, download=download), source(data_dir, train=False)]
-        except Exception as error:  # no network, or files that are damaged and of which no checksum is known
+        except Exception as error:  # no network, or damaged files without a known checksum
             check_files(source, data_dir, archives=True)
             reason = " ".join(str(error).split()) or type(error).__name__
             if all(path.is_file() for path, _, _ in known_files(source, Path(data_dir))):
@@ -313,7 +313,7 @@ def known_files(source: type, data_dir: Path) -> Iterator[tuple]:
 
 
 def matches_archive(path: Path, archive: tuple[Path, str]) -> bool:
-    """Compare a file's CRC-32 with that at the end of its gzip archive; without the archive, assume the best."""
+    """Return whether a file has the CRC-32 at the end of its gzip archive; without an intact archive, assume so."""
     if not check_integrity(*archive):
         return True
     return zlib.crc32(path.read_bytes()) == int.from_bytes(archive[0].read_bytes()[-8:-4], "little")
@@ -329,7 +329,7 @@ def digits() -> tuple:
 
 
 def channel_stats(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean and standard deviation, (C,) float32, of pixels in [0, 1] of which each level is counted."""
+    """Return the mean and standard deviation, (C,) float32, of pixels in [0, 1], from counts (C, 256) of values."""
     levels = torch.arange(256, dtype=torch.float64) / 255
     share = counts / counts.sum(1, keepdim=True).double()
     mean = share @ levels
@@ -344,10 +344,10 @@ def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
 
 
 def batch_indices(n: int, batch_size: int, seed: int, step: int) -> Tensor:
-    """Return which of n images make the batch of a step, counted from 0: (batch_size,) int64.
+    """Return the indices (batch_size,) int64, among n images, of a step's batch; steps count from 0.
 
-    The epochs' orders follow one another without a gap, so that every image is visited once per epoch even where
-    the batch size does not divide n.
+    Epochs follow one another without a gap, so that every image is visited once per epoch even if the batch size does
+    not divide n.
     """
     start, stop = step * batch_size, (step + 1) * batch_size
     epochs = range(start // n, (stop - 1) // n + 1)
@@ -356,24 +356,24 @@ def batch_indices(n: int, batch_size: int, seed: int, step: int) -> Tensor:
 
 
 def chunks(count: int, image_size: tuple[int, int], most: int = 100) -> tuple[Tensor, ...]:
-    """Return the indices of `count` images of (H, W) pixels in batches of `most`, or of fewer large ones."""
+    """Split the indices of `count` images into chunks of at most `most`, or fewer if the images (H, W) are large."""
     return torch.arange(count).split(max(1, min(most, CHUNK_PIXELS // math.prod(image_size))))
 
 
 def first_images(images: Images, count: int) -> Tensor:
-    """Return the first images, at most `count` and fewer of large ones, (n, C, H, W) uint8 on the CPU."""
+    """Return the first images, at most `count`, or fewer if they are large: (n, C, H, W) uint8 on the CPU."""
     size = images.shape[-2:]
     shown = min(count, len(images), max(1, FIRST_PIXELS // math.prod(size)))
     return torch.cat(list(batches(images, chunks(shown, size), torch.device("cpu"))))
 
 
 def batches(images: Images, order: Iterable[Tensor], device: torch.device) -> Generator[Tensor, None, None]:
-    """Yield, for each of `order`'s indices (B,), these images (B, C, H, W) uint8 on a device.
+    """Yield a batch of images (B, C, H, W) uint8, on a device, for each tensor of indices (B,) in `order`.
 
-    Those on disk are decoded ahead of time by worker processes.
+    Worker processes decode images on disk ahead of time.
 
     Raises:
-        OSError: one of them cannot be read or decoded.
+        OSError: an image cannot be read or decoded.
     """
     if isinstance(images, ImageFiles):
         loader = DataLoader(
@@ -382,28 +382,28 @@ def batches(images: Images, order: Iterable[Tensor], device: torch.device) -> Ge
             num_workers=min(8, cpu_count()),
             worker_init_fn=ignore_signals,
             pin_memory=device.type == "cuda",
-            generator=torch.Generator(),  # not the global one, whose state is the run's
+            generator=torch.Generator(),  # not the global one, whose state belongs to the run
         )
         workers = iter(loader)
         try:
             for batch in workers:
                 yield batch.to(device, non_blocking=True)
-        except (ValueError, RuntimeError) as error:  # with the traceback of the worker, or of its death
+        except (ValueError, RuntimeError) as error:  # holds a worker's traceback, or says that it died
             raise OSError(str(error).splitlines()[-1].removeprefix("ValueError: ")) from error
         finally:
-            workers._shutdown_workers()  # an error's traceback would keep them
+            workers._shutdown_workers()  # an error's traceback would keep them alive
             for worker in workers._workers:
                 worker.kill()  # workers ignore SIGTERM, so kill any that are still running
     else:
         if device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
             images = images.to(device)
-        ahead = device.type == "cuda"  # the host does not wait until the GPU has done what it was told before
+        ahead = device.type == "cuda"  # the host does not wait for the GPU's earlier work
         for indices in order:
             yield images[indices.to(images.device, non_blocking=ahead)].to(device, non_blocking=ahead)
 
 
 def ignore_signals(_worker: int):
-    """Leave signals, which reach all processes of a job, to the process that trains."""
+    """Ignore signals in workers: they reach all processes of a job, and the one that trains handles them."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -420,10 +420,10 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 def random_flip(x: Tensor, batch: int, seed: int, step: int) -> Tensor:
-    """Mirror each of a rank's images (B, C, H, W) with probability 1/2, a function of seed and step.
+    """Mirror each of a rank's images (B, C, H, W) with probability 1/2, as a function of seed and step.
 
     Args:
-        batch: how many images the step has over all ranks.
+        batch: the global batch size.
     """
     mirrored = torch.from_numpy(np.random.default_rng((seed, step, 1)).random(batch) < 0.5)
     mirrored = mirrored.tensor_split(world_size())[torch.distributed.get_rank() if world_size() > 1 else 0]

@@ -23,14 +23,14 @@ from sklearn.decomposition import PCA
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
-WIDTH = 1000  # dots that a picture of images takes, more or less
-ROWS = 8  # of originals, and of what was made of them
-SAMPLES = 20  # rows and columns that a picture of samples has at most
+WIDTH = 1000  # approximate size of a picture of images, in dots
+ROWS = 8  # of originals and reconstructions
+SAMPLES = 20  # at most this many rows and columns of samples
 
 
 @contextlib.contextmanager
 def picture_or_reason():
-    """Say why a picture cannot be made: a run goes on without it."""
+    """If a picture cannot be made, say why and go on without it."""
     try:
         yield
     except (OSError, Damaged) as error:
@@ -38,16 +38,16 @@ def picture_or_reason():
 
 
 def images_per_row(width: int) -> int:
-    """Return how many images of a width in pixels stand beside one another: large ones fewer, so that they show."""
+    """Return how many images of this width in pixels go in a row: fewer if they are large."""
     return min(12, max(4, WIDTH // width))
 
 
 @torch.inference_mode()
 def save_reconstructions(path: Path, model: nn.Module, images: Tensor, title: str):
-    """Draw the first of some images (N, C, H, W) uint8, each above its reconstruction.
+    """Draw the first images (N, C, H, W) uint8, each above its reconstruction.
 
-    With several levels of codes, what the decoder makes of each level's codes alone comes below; with several scales,
-    what it makes of the first ones stands in between.
+    With several levels, the reconstruction from each level alone comes below; with scales, those from the first 1,
+    2, ... scales come in between.
     """
     columns, size = images_per_row(images.shape[-1]), images.shape[-2:]
     names = ["original", *views(model, [None] * len(model.map_names))]
@@ -65,7 +65,7 @@ def save_reconstructions(path: Path, model: nn.Module, images: Tensor, title: st
 
 
 def views(model: nn.Module, indices: list[Tensor]) -> dict[str, list[Tensor | None]]:
-    """Return by name what to decode to see what codes carry: the first scales, or all levels and each alone."""
+    """Return named sets of indices to decode: the first 1, 2, ... scales, or all levels and then each alone."""
     if model.scales:
         return {f"up to {h}x{w}": indices[: i + 1] for i, (h, w) in enumerate(model.scales)}
     levels = model.level_names if len(indices) > 1 else ()
@@ -74,7 +74,7 @@ def views(model: nn.Module, indices: list[Tensor]) -> dict[str, list[Tensor | No
 
 
 def save_samples(path: Path, rows: Sequence[Tensor], title: str, names: Sequence[str] = ()) -> bool:
-    """Draw rows of images (n, C, H, W) uint8, as far as the picture stays readable, each with its name."""
+    """Draw rows of images (n, C, H, W) uint8, up to SAMPLES rows and columns, each row with its name."""
     return save_grid(path, [row[:SAMPLES] for row in rows[:SAMPLES]], title, names[:SAMPLES])
 
 
@@ -111,7 +111,7 @@ def show_image(ax: Axes, image: Tensor, title: str):
 
 
 def show_codes(ax: Axes, codes: Tensor, colors: np.ndarray, title: str):
-    """Draw indices (h, w) in the colours of their codes (K, 3), with their numbers where these are readable."""
+    """Draw indices (h, w) in the colours of their codes (K, 3), with their numbers if the grid is small."""
     shown = colors[codes.numpy()]
     ax.imshow(shown, interpolation="nearest")
     ax.set(xticks=[], yticks=[])
@@ -123,7 +123,7 @@ def show_codes(ax: Axes, codes: Tensor, colors: np.ndarray, title: str):
 
 
 def code_colors(codebook: Tensor) -> np.ndarray:
-    """Return a colour (K, 3) in [0, 1] for each code (K, D), alike for codes that are near one another (PCA)."""
+    """Return a colour (K, 3) in [0, 1] for each code (K, D), similar for codes that are near one another (PCA)."""
     codes = F.pad(codebook.float(), (0, max(0, 3 - codebook.shape[1]))).numpy()
     if len(codes) < 3:
         codes = np.concatenate([codes, np.zeros((3 - len(codes), codes.shape[1]))])
@@ -136,12 +136,12 @@ def shortened_text(text: str, length: int = 28) -> str:
 
 
 def save_grid(path: Path, rows: list[Tensor], title: str, names: Sequence[str] = ()) -> bool:
-    """Draw rows of images (n, C, H, W), uint8 or in [0, 1], with the name of each row before it if there are names."""
+    """Draw rows of images (n, C, H, W), uint8 or in [0, 1], with each row's name, if there are any, to its left."""
     columns = max(len(row) for row in rows)
     grey = 0.5 if rows[0].is_floating_point() else 128
     filled = [F.pad(row.cpu(), (0, 0) * 3 + (0, columns - len(row)), value=grey) for row in rows]
     grid = make_grid(torch.cat(filled), nrow=columns, padding=1, pad_value=grey).permute(1, 2, 0)  # (H, W, 3)
-    dots = min(2 * WIDTH / grid.shape[1], max(1, round(WIDTH / max(grid.shape))))  # a pixel's; if large, less than one
+    dots = min(2 * WIDTH / grid.shape[1], max(1, round(WIDTH / max(grid.shape))))  # per pixel; below 1 for large grids
     height, width = (dots * length / 100 for length in grid.shape[:2])  # inches
     names = [shortened_text(name) for name in names]
     left, top = 0.2 + 0.1 * max(map(len, names)) if names else 0, 0.4
@@ -168,17 +168,17 @@ def save_curves(path: Path, metrics: Path, title: str):
     figure.subplots_adjust(left=0.06, right=0.99, bottom=0.13, top=0.84, wspace=0.28)
     plot_columns(losses, rows, "recon_loss")
     plot_columns(losses, rows, "codebook_loss")
-    plot_columns(losses, rows, "commitment_loss", linestyle="--")  # it lies on the codebook loss
+    plot_columns(losses, rows, "commitment_loss", linestyle="--")  # it overlaps the codebook loss
     plot_columns(test, rows, "test_mse", marker="o", color="tab:red")
     plot_columns(codes, rows, "codes_used")
     plot_columns(codes, rows, "perplexity")
     for ax in (losses, test):
         ax.set(yscale="log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_major_formatter("{x:g}")  # powers of ten would take as long as all else to set
+        ax.yaxis.set_major_formatter("{x:g}")  # typesetting powers of ten would take as long as all else
         ax.minorticks_off()
     codes.set(ylim=(0, None))
-    # At a given height: to look for room among the labels would take as long as drawing them.
+    # Titles have a fixed height: searching for room among the labels would take as long as drawing them.
     losses.set_title("training losses (unweighted)", y=1)
     test.set_title("test MSE, pixels in [0, 1]", y=1)
     codes.set_title("codebook, per logged interval", y=1)
@@ -199,9 +199,9 @@ def plot_columns(ax: Axes, rows: list[dict], kind: str, **style):
 
 @torch.inference_mode()
 def save_codebooks(path: Path, model: nn.Module, images: Tensor, counts: list[Tensor], title: str):
-    """Draw each level's codes sized by their counts (K,), the encoder's outputs of some images, and who is used.
+    """Draw each level's codes, sized by their counts (K,), among the encoder's outputs, and a histogram of their usage.
 
-    Both are projected on the two directions in which the encoder's outputs vary most (PCA).
+    Codes and outputs are projected onto the two directions in which the outputs vary most (PCA).
     """
     z_e = model.z_e(to_pixels(images[chunks(len(images), images.shape[-2:])[0]], model.mean.device))
     codebooks = [level.quantizer.codebook.detach() for level in model.levels]
@@ -220,9 +220,9 @@ def draw_codebook(plane: Axes, histogram: Axes, name: str, codebook: Tensor, cou
     z_e = z_e.movedim(1, -1).flatten(0, -2).float().cpu().numpy()  # (N, D)
     codebook, counts = codebook.float().cpu().numpy(), counts.cpu().numpy()
     used = counts > 0
-    if z_e.shape[1] == 1:  # one dimension has no plane
+    if z_e.shape[1] == 1:  # PCA needs two dimensions
         z_e, codebook = (np.pad(v, ((0, 0), (0, 1))) for v in (z_e, codebook))
-    if len(z_e) == 1:  # nor has one vector
+    if len(z_e) == 1:  # and two vectors
         z_e = np.concatenate([z_e, codebook])
     pca = PCA(2, random_state=0).fit(z_e)
     plane.scatter(*pca.transform(z_e).T, s=3, color="0.75", label="encoder outputs", rasterized=True)
@@ -235,7 +235,7 @@ def draw_codebook(plane: Axes, histogram: Axes, name: str, codebook: Tensor, cou
     plane.set(title=f"{name}codes among the encoder's outputs (PCA, {share:.0%} of the variance)", xticks=[], yticks=[])
     for mark in plane.legend().legend_handles:
         mark.set_sizes([20])
-    histogram.stairs(np.sort(counts)[::-1] / max(counts.sum(), 1), fill=True)  # one shape, where bars would be K
+    histogram.stairs(np.sort(counts)[::-1] / max(counts.sum(), 1), fill=True)  # one shape, not K bars
     histogram.axhline(1 / len(counts), color="black", linestyle="--", linewidth=1, label="if all were used equally")
     histogram.set(title=f"{used.sum()} of {len(counts)} {name}codes used", xlabel="codes, most used first")
     histogram.set(ylabel="share of all positions", yscale="log" if used.any() else "linear")
@@ -258,7 +258,7 @@ def save_prior_curves(path: Path, metrics: Path, best_step: int):
 
 
 def save_figure(figure: Figure, path: Path) -> bool:
-    """Write a picture, or say why not: a run goes on without it. Return whether it was written."""
+    """Write a picture, or say why it cannot be written and go on. Return whether it was written."""
     with picture_or_reason():
         write_figure(figure, path)
         return True
@@ -268,7 +268,7 @@ def save_figure(figure: Figure, path: Path) -> bool:
 def write_figure(figure: Figure, path: Path):
     content = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # fonts that lack a letter of the data set's name
+        warnings.simplefilter("ignore")  # the font may lack a letter of the data set's name
         figure.savefig(content, format="png")
     with whole_file(path) as file:
         file.write(content.getbuffer())

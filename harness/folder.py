@@ -1,4 +1,4 @@
-"""A folder of images as uint8 tensors: decoded once and kept, or read while training if they exceed the memory.
+"""A folder of images as uint8 tensors: decoded once and kept, or read while training if they do not fit in memory.
 
 Shapes: N images, C channels
     images  (N, C, H, W) uint8
@@ -30,12 +30,12 @@ from torch import Tensor
 from torchvision.transforms.functional import center_crop, get_dimensions, pil_to_tensor, resize
 from tqdm import tqdm
 
-logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what is wrong with a file is told in our own words
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # we report bad files in our own words
 AHEAD = 16  # images decoded ahead of the one that is asked for
-DECODER = 3  # raise it if `decode` gives other pixels than before: kept images are then decoded anew
+DECODER = 3  # increment it if the output of `decode` changes, so that cached images are decoded again
 ENDINGS = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", ".avif", ".gif", ".bmp", ".dib")
 ENDINGS += (".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
-# Whatever a file is called: Pillow would hand an EPS file to Ghostscript.
+# Only these, whatever a file's extension is: Pillow would pass an EPS file to Ghostscript.
 FORMATS = ("PNG", "JPEG", "JPEG2000", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM")
 Image.init()
 FORMATS += ("AVIF",) if "AVIF" in Image.OPEN else ()  # from Pillow 11.3 on
@@ -43,7 +43,7 @@ GREY_MODES = ("1", "L", "LA", "La", "F", "I", "I;16", "I;16B", "I;16L")
 
 
 class ImageFiles(torch.utils.data.Dataset):
-    """Images on disk, each decoded to (C, H, W) uint8 when asked for; `shape` is that of the tensor of all."""
+    """Images on disk, each decoded to (C, H, W) uint8 when asked for; `shape` is (N, C, H, W)."""
 
     def __init__(self, paths: list[Path], shape: tuple[int, int, int], image_size: int | None, background: str):
         self.paths, self.image_size, self.background = paths, image_size, background
@@ -68,7 +68,7 @@ Images = Tensor | ImageFiles
 
 
 class Folder(NamedTuple):
-    """What `load_folder` returns; labels and class names are None where the images lie in no class folders."""
+    """What `load_folder` returns; labels and class names are None if there are no class folders."""
 
     train_images: Images
     train_labels: Tensor | None
@@ -89,10 +89,10 @@ def load_folder(
 ) -> Folder:
     """Load a folder of images, which may have train/ and test/, and in them a folder per class.
 
-    Without test/, a tenth of the images is the test set, always the same. Folders of runs in it are left out.
+    Without test/, a fixed tenth of the images is the test set. Folders of runs inside it are skipped.
 
     Args:
-        As of `data.load_dataset`.
+        See `data.load_dataset`.
 
     Raises:
         ValueError: there are no images, or some cannot be decoded, or they differ in size.
@@ -130,14 +130,14 @@ def load_folder(
 
 
 def list_images(folder: Path) -> tuple[list[Path], int, list[str] | None, Tensor | None]:
-    """Return a folder's images, those of the training set first, how many these are, the class names and all labels."""
+    """Return a folder's images (training set first), the size of the training set, the class names and all labels."""
     separate = (folder / "test").is_dir()
     train_root = folder / "train" if (folder / "train").is_dir() else folder
     test_root = folder / "test" if separate else train_root
     if separate and train_root == folder:
         raise ValueError(f"{folder} has a folder test/ but no train/; move its other images to {folder / 'train'}")
     test = walk(test_root)
-    # Shuffled, so that the first of the test images, which are drawn, are of all classes.
+    # Shuffled, so that the first test images, which the figures show, come from all classes.
     test = [test[i] for i in np.random.default_rng(0).permutation(len(test))]
     share = max(1, len(test) // 10)
     test, train = (test, walk(train_root)) if separate else (test[:share], test[share:])
@@ -155,7 +155,7 @@ def list_images(folder: Path) -> tuple[list[Path], int, list[str] | None, Tensor
 
 
 def walk(root: Path) -> list[Path]:
-    """Return the images in a folder and the folders in it, sorted; runs and what is hidden are left out.
+    """Return the images in a folder and its subfolders, sorted; folders of runs and hidden files are skipped.
 
     Raises:
         ValueError: there are none, or a folder cannot be read.
@@ -172,7 +172,7 @@ def walk(root: Path) -> list[Path]:
             continue
         paths += [Path(parent, name) for name in names if not name.startswith(".")]
         inner = [name for name in folders if not name.startswith(".")]
-        folders[:] = [name for name in inner if os.path.realpath(Path(parent, name)) not in seen]  # links may circle
+        folders[:] = [name for name in inner if os.path.realpath(Path(parent, name)) not in seen]  # links may loop
     images = sorted(path for path in paths if path.suffix.lower() in ENDINGS and not is_special(path))
     if not images and is_run_folder(root):
         raise ValueError(f"{printable(root)} is the folder of a run, whose pictures are no images to read")
@@ -182,10 +182,10 @@ def walk(root: Path) -> list[Path]:
 
 
 def is_special(path: Path) -> bool:
-    """Return whether a path is there but is no regular file: a pipe would be waited for."""
+    """Return whether a path exists but is not a regular file: reading a pipe would block."""
     with contextlib.suppress(OSError):
         return not stat.S_ISREG(path.stat().st_mode)
-    return False  # a broken link is a bad image, and named
+    return False  # a broken link is reported as a bad image
 
 
 # All images, once
@@ -203,12 +203,12 @@ def decode_folder(
     """Decode all images once, and keep them if they take no more than `limit` bytes.
 
     Returns:
-        images: those that can be decoded, or None where they exceed the limit.
+        images: those that can be decoded, or None if they exceed the limit.
         shape: (C, H, W) of each; one channel if all are grey.
-        bad: for each of `files` that cannot be decoded, by its number, the reason.
-        counts: (C, 256), how often each channel of the training images has each level.
+        bad: the reason for each file that cannot be decoded, by its position in `files`.
+        counts: (C, 256), how often each channel of the training images has each value.
         digests: of the content of each file that can be decoded.
-        key: what the kept images are valid for: the folder and the decoder as they are now.
+        key: the state of the folder and the decoder for which the kept images are valid.
     """
     key = [DECODER, str(folder.resolve()), image_size, background, n_train, times_digest(folder, files)]
     if (kept := kept_images(cache, key, len(files), limit)) is not None:
@@ -245,7 +245,7 @@ def decode_folder(
 
     images = images[: len(digests)] if keep else None
     decoded = {"images": images, "shape": shape, "bad": bad, "counts": counts, "digests": digests, "key": key}
-    if cache and not bad:  # what could not be decoded is tried again
+    if cache and not bad:  # with bad files, the next run tries again
         try:
             write_state(cache, decoded)
         except OSError as error:
@@ -254,7 +254,7 @@ def decode_folder(
 
 
 def kept_images(cache: Path | None, key: list, count: int, limit: float) -> dict | None:
-    """Return what an earlier run decoded, or None if that was something else, or is wrong in any way."""
+    """Return what an earlier run decoded, or None if it does not match or is damaged."""
     with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
         decoded, _ = read_state(cache, mmap=True)
         in_memory = count * math.prod(decoded["shape"]) <= limit
@@ -268,7 +268,7 @@ def kept_images(cache: Path | None, key: list, count: int, limit: float) -> dict
 
 
 def times_digest(folder: Path, files: list[Path]) -> str:
-    """Return a digest of the files' names, sizes and times of change, in order: their content stays unread."""
+    """Return a digest of the files' names, sizes and modification times, in order, without reading their content."""
     digest = hashlib.sha256()
     for path in files:
         size, changed = (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else (0, 0)
@@ -277,7 +277,7 @@ def times_digest(folder: Path, files: list[Path]) -> str:
 
 
 def attempts(function: Callable, paths: list[Path], what: str) -> Iterator:
-    """Yield function(path) for each path in order, or why it failed, a str; in threads, with a progress bar."""
+    """Yield function(path) for each path in order, or a str that says why it failed; uses threads, shows progress."""
 
     def attempt(path):
         try:
@@ -286,7 +286,7 @@ def attempts(function: Callable, paths: list[Path], what: str) -> Iterator:
             return reason_of(error)
 
     with ThreadPoolExecutor() as pool, tqdm(total=len(paths), desc=what, unit=" images", disable=None) as bar:
-        waiting = deque()  # few: results wait in memory until it is their turn
+        waiting = deque()  # kept short: results wait in memory for their turn
         for path in [*paths, *[None] * AHEAD]:
             if path is not None:
                 waiting.append(pool.submit(attempt, path))
@@ -326,7 +326,7 @@ def read_header(path: Path, background: str) -> tuple[int, int, bool]:
     """Return an image's height and width, and whether it is grey."""
     with Image.open(path, formats=FORMATS) as image:
         width, height = image.size
-        # A square stays as it is when turned, and of a PNG the pixels would have to be read to know.
+        # Skip squares, whose size stays the same when turned: for a PNG, finding out would read all pixels.
         turns = width != height and image.format != "TIFF"  # Pillow turns TIFF files itself
         turned = turns and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         grey = image.mode in GREY_MODES and (is_grey(background) or not image.has_transparency_data)
@@ -336,15 +336,15 @@ def read_header(path: Path, background: str) -> tuple[int, int, bool]:
 def decode(
     source: Path | io.BytesIO, channels: int, size: int | tuple[int, int] | None, background: str = "white"
 ) -> Tensor:
-    """Return an image, or the first of an animation, as (C, H, W) uint8, over a background where it is transparent.
+    """Return an image, or the first of an animation, as (C, H, W) uint8; transparent pixels show the background.
 
-    16 bits of grey keep their order and scale: 65,535 becomes 255. Floating-point pixels must lie in [0, 1].
+    16-bit grey is scaled: 65,535 becomes 255. Floating-point pixels must lie in [0, 1].
 
     Raises:
-        ValueError, OSError: it is damaged, not of a format or kind that people train on, or too large.
+        ValueError, OSError: it is damaged, too large, or of an unsupported format or kind.
     """
     with Image.open(source, formats=FORMATS) as opened:
-        image = ImageOps.exif_transpose(opened)  # as its camera was held
+        image = ImageOps.exif_transpose(opened)  # upright
         if image.mode == "F" or image.mode.startswith("I"):
             image = to_8_bits(image, opened.format, background)
         elif image.has_transparency_data:
@@ -362,12 +362,12 @@ def to_8_bits(image: Image.Image, kind: str | None, background: str) -> Image.Im
         raise ValueError("its pixels are 32-bit integers, whose scale is unknown; convert it to 8 or 16 bits")
     else:
         highest, what = 65535, "16-bit numbers"
-    if not (values.min() >= 0 and values.max() <= highest):  # NaN neither
+    if not (values.min() >= 0 and values.max() <= highest):  # refuses NaN too
         raise ValueError(f"its pixels are {what} from {values.min()} to {values.max()}, not from 0 to {highest:g}")
     grey = Image.fromarray((values * (255 / highest)).round().astype(np.uint8))
     if "transparency" not in image.info:
         return grey
-    transparent = Image.fromarray(values == image.info["transparency"])  # one level of grey
+    transparent = Image.fromarray(values == image.info["transparency"])  # a single grey value
     return Image.composite(
         Image.new("RGB", image.size, ImageColor.getrgb(background)[:3]), grey.convert("RGB"), transparent
     )
@@ -379,7 +379,7 @@ def is_grey(color: str) -> bool:
 
 @contextlib.contextmanager
 def pillow_warnings():
-    """Make a decompression bomb an error, and keep Pillow's other warnings from the user."""
+    """Turn the warning of a decompression bomb into an error, and hide Pillow's other warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -415,7 +415,7 @@ def count_pixels(images: Tensor) -> Tensor:
 def read_images(
     paths: list[Path], channels: int, size: tuple[int, int] | None = None, background: str = "white"
 ) -> tuple[list[Tensor], int]:
-    """Read images (C, H, W) uint8, by default at their own size, and say how many had to change to be of `size`.
+    """Read images (C, H, W) uint8, by default at their own size; also return how many were resized to `size`.
 
     Raises:
         ValueError: one of them is missing or cannot be decoded.

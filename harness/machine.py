@@ -1,4 +1,4 @@
-"""What the machine at hand has and does: device, precision, memory, processors, ranks."""
+"""What this machine offers: device, precision, memory, CPU count, ranks."""
 
 import atexit
 import contextlib
@@ -39,7 +39,7 @@ def pick_device(device: str = "auto", precision: str = "auto", compile: bool = F
             raise ValueError(f"process {index} of this machine has no GPU of its own; start fewer, or use --device cpu")
         torch.cuda.set_device(index)
         fast_bfloat16 = torch.cuda.get_device_capability() >= (8, 0)
-    elif device == "cpu":  # a processor that emulates bfloat16 is slower with it than in float32
+    elif device == "cpu":  # a CPU that emulates bfloat16 is slower in it than in float32
         capabilities = torch.cpu.get_capabilities()
         fast_bfloat16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     else:
@@ -53,7 +53,7 @@ def pick_device(device: str = "auto", precision: str = "auto", compile: bool = F
 
 
 def container_limit() -> float:
-    """Return the bytes of memory that a container may use, infinite outside of one."""
+    """Return the bytes of memory that this container may use, or infinity outside a container."""
     for path in CONTAINER_LIMITS:
         with contextlib.suppress(OSError, ValueError):  # no such file, or it says "max"
             return int(path.read_text(encoding="utf-8"))
@@ -88,7 +88,7 @@ def check_room(needed: float, what: str, remedy: str, device: torch.device | Non
 
 
 def cpu_count() -> int:
-    """Return how many processors this process may use; a container or taskset may allow fewer than there are."""
+    """Return how many CPUs this process may use; a container or taskset may allow fewer than there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -101,7 +101,8 @@ def join_ranks(device: torch.device) -> tuple[int, str]:
     """Join the other processes if torchrun started this one.
 
     Returns:
-        this process's rank, and a name for all that this torchrun starts, also after a restart; "" without torchrun.
+        this process's rank, and a job name that all processes of this torchrun share, also after a restart; without
+        torchrun, 0 and "".
     """
     if not dist.is_torchelastic_launched():
         return 0, ""
@@ -123,9 +124,9 @@ def job_name(store: dist.Store, rank: int) -> str:
 
 
 def fresh_store(store: dist.Store, rank: int, ranks: int) -> dist.Store:
-    """Return the part of torchrun's store that belongs to the processes that are alive.
+    """Return a part of torchrun's store that only the living processes use.
 
-    The store outlives a restart and still holds the addresses of the dead. The machines of a run count their restarts
+    The store outlives a restart and still holds the addresses of dead processes. Machines may count restarts
     differently, so rank 0 names each attempt, and the others join the one that rank 0 confirms.
     """
     if rank == 0:
@@ -137,14 +138,14 @@ def fresh_store(store: dist.Store, rank: int, ranks: int) -> dist.Store:
         attempt = ""
         while not attempt or not store.check([f"{attempt}/complete"]):
             latest = store.get("attempt").decode()  # waits for rank 0
-            if store.add(f"{latest}/{rank}", 1) == 1:  # else this rank of an earlier attempt has joined it
+            if store.add(f"{latest}/{rank}", 1) == 1:  # else this rank joined it before a restart
                 attempt = latest
             time.sleep(0.05)
     return dist.PrefixStore(attempt, store)
 
 
 def leave_ranks():
-    """Destroy the process groups and all that holds them: threads that outlive the interpreter may abort it."""
+    """Destroy the process groups and what refers to them: threads that outlive the interpreter may abort it."""
     dist.destroy_process_group()
     gc.collect()
 

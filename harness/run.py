@@ -1,7 +1,7 @@
-"""A training run: its flags, its steps, its stops, and how it goes on.
+"""A training run: its flags, its steps, and how it is stopped, saved and resumed.
 
-A batch is a function of (seed, step), and all other state is in the checkpoint. Hence a run that was stopped at any
-step and goes on ends with the same weights, bit for bit on a CPU, as one that never stopped.
+A batch is a function of (seed, step), and all other state is in the checkpoint. So a run that is stopped at any step
+and resumed ends with the same weights, bit for bit on a CPU, as one that never stopped.
 """
 
 import argparse
@@ -48,12 +48,12 @@ RESUME_MAY_CHANGE = {
     "tensorboard",
 }
 RESUME_MAY_CHANGE |= {"resume", "fresh", *LEARNING_RATES}
-LOST_RANK = re.compile("gloo|nccl|peer|connection|socket", re.IGNORECASE)  # in what torch raises where one has died
-FIRST_LINE = 5  # seconds of training after which a line says how long the rest will take
+LOST_RANK = re.compile("gloo|nccl|peer|connection|socket", re.IGNORECASE)  # in torch's errors after a rank has died
+FIRST_LINE = 5  # seconds of training until a first line says how long the rest will take
 
 
 def add_run_flags(parser: argparse.ArgumentParser, steps: int, batch_size: int):
-    """Add the flags of any training run, with the defaults of its length."""
+    """Add the flags that all training runs share, with these defaults."""
     positive, switch = number(int, 1, 2**31), argparse.BooleanOptionalAction
     group = parser.add_argument_group("run")
     group.add_argument(
@@ -81,7 +81,7 @@ def add_run_flags(parser: argparse.ArgumentParser, steps: int, batch_size: int):
 
 
 def parse_run_args(parser: argparse.ArgumentParser, argv: list[str] | None, name: str) -> argparse.Namespace:
-    """Parse the flags of a run. With --resume the run's own arguments are the defaults, and few may differ."""
+    """Parse the flags of a run. With --resume, the run's own arguments are the defaults, and only some may change."""
     args = parser.parse_args(argv)
     if args.resume is None:
         return args
@@ -96,7 +96,7 @@ def parse_run_args(parser: argparse.ArgumentParser, argv: list[str] | None, name
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
     for option, value in saved.items():
-        moved = option == "dataset" and value not in NAMES  # a folder, whose images must be the same
+        moved = option == "dataset" and value not in NAMES  # a folder may move; its images must be the same
         if not (option in RESUME_MAY_CHANGE or moved or getattr(args, option) == value):
             flag = flag_of(option)
             parser.error(
@@ -117,7 +117,7 @@ def finished(folder: str | Path, name: str, progress: dict, steps: int) -> bool:
     """Return whether a run has done its steps and written its summary, or has none to write."""
     if progress["step"] != steps or not progress["reports"]:
         return progress["step"] >= steps
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # that of fewer steps may still be there
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # the summary of fewer steps may still be there
         return json.loads(Path(folder, SUMMARY[name]).read_text(encoding="utf-8"))["steps"] == steps
     return False
 
@@ -149,7 +149,7 @@ class Means:
         self.steps, self.sums = 0, {}
 
     def state_dict(self) -> dict:
-        """Bring the sums of all ranks to rank 0, and return them."""
+        """Add up the sums of all ranks on rank 0, and return them."""
         for total in self.sums.values():
             if world_size() > 1:
                 dist.all_reduce(total)
@@ -172,8 +172,9 @@ class Run:
 
     Attributes:
         args: the flags, with "auto" replaced by what was chosen.
-        folder, device, rank, world_size: where it writes, where it computes, which process this is, of how many.
-        step: training steps done, the one at hand included.
+        folder, device: where it writes, and where it computes.
+        rank, world_size: this process's number, and how many processes there are.
+        step: training steps done, including the current one.
         unreported: whether the process died between a checkpoint and the measurements and pictures of that step.
     """
 
@@ -181,7 +182,7 @@ class Run:
         """Choose the device, join the other processes, lock the folder, and look for an unfinished run in it.
 
         Raises:
-            ValueError, OSError: a flag asks for what is not there, or another run writes into the folder.
+            ValueError, OSError: a flag asks for something unavailable, or another run is writing into the folder.
         """
         self.args, self.name, self.typed = args, name, dict(vars(args))
         folder = self.typed[FOLDER_OPTION[name]]
@@ -201,17 +202,17 @@ class Run:
         self._open = contextlib.ExitStack()
 
     def _find_checkpoint(self) -> tuple[dict | None, str]:
-        """Return the checkpoint to go on from, or None and the reason why the run in the folder makes way."""
+        """Return the checkpoint to go on from, or None and the reason why the run in the folder is moved aside."""
         if self.args.resume is not None:
             checkpoint = storage.load_checkpoint(self.folder, self.name)
-            # What the user has not changed now stands as it was typed then, so that the first command goes on as well.
+            # Keep what was typed at first unless the user changes it now, so that the first command can go on as well.
             typed = {k: v for k, v in checkpoint["typed"].items() if self.typed.get(k) == checkpoint["args"].get(k)}
             self.typed |= typed
             return checkpoint, ""
         if self.args.fresh:
             with contextlib.suppress(ValueError):
                 checkpoint = storage.load_checkpoint(self.folder, self.name)
-                if self.job and checkpoint.get("job") == self.job:  # begun anew, then restarted by torchrun
+                if self.job and checkpoint.get("job") == self.job:  # started with --fresh, then restarted by torchrun
                     return checkpoint, ""
             return None, "--fresh"
         if not storage.checkpoint_path(self.folder, self.name).exists():
@@ -233,15 +234,15 @@ class Run:
         return checkpoint, ""
 
     def begin(self, count: int, what: str, **identity):
-        """Do the last checks; then an earlier run makes way, and signals stop the run at the end of a step.
+        """Do the last checks, then move an earlier run aside; from now on, signals stop the run at the end of a step.
 
         Args:
-            count: how many images there are to train on.
-            what: what they are, for the first line.
-            identity: what makes the run this one, such as the digest of its images; saved in each checkpoint.
+            count: number of training images.
+            what: their description, for the first line.
+            identity: what identifies the run, such as the digest of its images; saved in each checkpoint.
 
         Raises:
-            ValueError: the batch size or the run to go on with does not fit.
+            ValueError: the batch size is out of range, or the run to resume has another identity.
         """
         if not self.world_size <= self.args.batch_size <= count:
             bounds = f"{self.world_size} (processes) to {count} (training images)"
@@ -259,7 +260,7 @@ class Run:
             summary_writer()
             try:
                 str(self.folder).encode()
-            except UnicodeEncodeError:  # TensorBoard's own error comes when the earlier run has made way
+            except UnicodeEncodeError:  # TensorBoard itself fails only after the earlier run is moved
                 reason = f"--tensorboard needs a folder whose name Python reads as UTF-8, unlike {self.folder}"
                 raise ValueError(f"{reason}; set PYTHONUTF8=1 or name another folder") from None
         self.control = dist.new_group(backend="gloo") if self.world_size > 1 else None
@@ -276,12 +277,12 @@ class Run:
         from_rank_0()
 
     def _catch_signals(self):
-        """Remember signals that ask for an end. A second Ctrl-C ends the process at once.
+        """Remember signals that ask the run to stop. A second Ctrl-C ends the process at once.
 
-        Not under torchrun: it passes signals on to processes that may have had them already.
+        But not under torchrun: it passes signals on to processes that may have received them already.
         """
 
-        signals = self.signals  # not the run itself: what a handler holds lives as long as the process
+        signals = self.signals  # not self: what a handler refers to lives as long as the process
 
         def remember(signum, _frame):
             signals.append(signum)
@@ -294,10 +295,10 @@ class Run:
                 signal.signal(signum, remember)
 
     def keep(self, **kept):
-        """Save these under their names in each checkpoint; restore them first if the run goes on.
+        """Save these under their names in each checkpoint; if the run is resumed, restore them first.
 
         Args:
-            kept: whatever has `state_dict` and `load_state_dict`, or a dict.
+            kept: objects with `state_dict` and `load_state_dict`, or dicts.
         """
         self.kept = kept
         if not self.checkpoint:
@@ -313,20 +314,20 @@ class Run:
                 progress = self.checkpoint["progress"]
                 self.step, self.logged, self.seconds = (progress[name] for name in ("step", "logged", "seconds"))
                 self.saved, self.unreported = self.step, progress["reports"]
-            except Exception as error:  # what does not fit surfaces as almost any exception
+            except Exception as error:  # a mismatch can raise almost any exception
                 path = storage.checkpoint_path(self.folder, self.name)
                 reason = " ".join(str(error).split())[:200]
                 raise ValueError(f"{path} does not fit this version ({reason}); start anew with --fresh") from error
-            if self.rank == 0:  # what came after the checkpoint will be done again
+            if self.rank == 0:  # steps after the checkpoint will run again
                 storage.trim_metrics(self.folder / METRICS[self.name], self.logged)
         self.checkpoint = None
 
     def parallel(self, model: nn.Module) -> Callable:
-        """Return what calls the model in training: gradients averaged over the ranks, and compiled with --compile."""
+        """Return the model to call in training: it averages gradients over ranks, and --compile compiles it."""
         forward = DistributedDataParallel(model) if self.world_size > 1 else model
         if not self.args.compile:
             return forward
-        # On a GPU into CUDA graphs, which start many small kernels together.
+        # On a GPU, compile to CUDA graphs, which launch many small kernels together.
         compiled = torch.compile(forward, mode="reduce-overhead" if self.device.type == "cuda" else None)
 
         def call(*inputs):
@@ -339,12 +340,12 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bfloat16")
 
     def schedule(self, step: int) -> float:
-        """Return a step's learning rate as a share of the highest: warm-up, then linearly to 0."""
+        """Return a step's learning rate as a share of the highest: linear warm-up, then linear decay."""
         warm_up = min(1.0, step / (0.03 * self.args.steps))
         return warm_up * (1 - (step - 1) / self.args.steps)
 
     def shard(self, batch: Tensor) -> Tensor:
-        """Return this rank's part of what is known of a whole batch."""
+        """Return this rank's part of a global batch."""
         return batch.tensor_split(self.world_size)[self.rank]
 
     def share(self, batch: Tensor) -> float:
@@ -352,12 +353,12 @@ class Run:
         return len(batch) / self.args.batch_size
 
     def steps(self, images: Images) -> Iterator[tuple[int, Tensor]]:
-        """Yield the number and the batch of each step that is left; stop, saved, where a signal asks for it.
+        """Yield the number and the batch of each remaining step; on a signal, save and exit.
 
         Each rank gets its own part of the batch.
         """
         if self.saved is None:
-            self.save()  # something to go on from, from the first step on
+            self.save()  # so that the run can be resumed from the first step on
         order = (
             self.shard(batch_indices(len(images), self.args.batch_size, self.args.seed, step))
             for step in range(self.step, self.args.steps)
@@ -382,7 +383,7 @@ class Run:
         return step % self.args.log_every == 0 or self.saves_at(step)
 
     def saves_at(self, step: int) -> bool:
-        """Return whether a checkpoint belongs to a step; one that was saved stays one whatever --resume changes."""
+        """Return whether to save at a step; a step that was saved still counts if --resume changes --save-every."""
         return step % self.args.save_every == 0 or step in (self.args.steps, self.saved)
 
     def save(self):
@@ -405,7 +406,7 @@ class Run:
         self.saved = self.step
 
     def log(self, row: dict):
-        """Append a row to the metrics, whose first column is the step, and show it as a line."""
+        """Append a row to the metrics, with the step as its first column, and show it as a line."""
         if self.rank > 0:
             return
         path = self.folder / METRICS[self.name]
@@ -413,7 +414,7 @@ class Run:
         header = ",".join(row) + "\n"
         if not path.exists():
             storage.write_whole(path, header)
-        elif self.logged <= self._first:  # the first row since the run goes on
+        elif self.logged <= self._first:  # the first row of this process
             with open(path, encoding="utf-8", errors="replace") as file:
                 found = file.read(len(header))
             if found != header:
@@ -432,7 +433,7 @@ class Run:
             self.writer.add_image(name, np.asarray(Image.open(path).convert("RGB")), self.step, dataformats="HWC")
 
     def show(self, text: str):
-        """Show the state of a step: behind the progress bar on a terminal, else as a line."""
+        """Show the progress and a text: behind the progress bar on a terminal, else as a line."""
         if self.rank > 0 or self.step == self._first:
             return
         self._read_clock()
@@ -464,7 +465,7 @@ class Run:
         self.seconds = time.perf_counter() - self._began
 
     def _agreed_signal(self) -> int:
-        """Return a signal that asks for an end, the same at the same step on every rank, or 0."""
+        """Return the signal to stop for, or 0; all ranks agree on it at the same step."""
         if os.getppid() != self.parent and dist.is_torchelastic_launched():
             self.signals.append(signal.SIGTERM)  # torchrun itself was killed
         signum = self.signals[0] if self.signals else 0
@@ -475,12 +476,12 @@ class Run:
         return signum
 
     def __enter__(self):
-        """Start the clock, and open what shows the steps."""
+        """Start the clock, and open the progress bar and TensorBoard's writer."""
         self._first, self._began = self.step, time.perf_counter() - self.seconds
         hidden = self.rank > 0 or not (sys.stderr.isatty() and sys.stdout.isatty())
         bar = tqdm(total=self.args.steps, initial=self.step, disable=hidden, dynamic_ncols=True)
         self.writer = None
-        if self.rank == 0 and self.args.tensorboard:  # rows after the checkpoint will come again
+        if self.rank == 0 and self.args.tensorboard:  # steps after the checkpoint are logged again
             folder = self.folder / TENSORBOARD[self.name]
             with user_errors():
                 self.writer = self._open.enter_context(summary_writer()(folder, purge_step=self.logged + 1))
@@ -488,13 +489,13 @@ class Run:
         return self
 
     def __exit__(self, _type, error, _traceback):
-        """Close the workers and unlock the folder. What a user can mend ends the run with one line, exit code 1."""
+        """Close the workers and unlock the folder. Errors that a user can fix end the run in one line, exit code 1."""
         self._open.close()
         if self.lock:
             self.lock.release(force=True)
         if reason := self._reason(error):
             message = f"{reason[0]} after step {self.step}: {reason[1]}"
-            if isinstance(error, storage.Damaged):  # and names its own remedy
+            if isinstance(error, storage.Damaged):  # its message names the remedy
                 fail(message, code=1)
             with contextlib.suppress(ValueError, OSError):
                 saved = storage.load_checkpoint(self.folder, self.name)["progress"]["step"]
@@ -503,7 +504,7 @@ class Run:
             fail(message, code=1)
 
     def _reason(self, error: BaseException | None) -> tuple[str, str] | None:
-        """Return how a run ended and why, if that was no bug of ours."""
+        """Return how and why a run failed, or None if nothing failed or the cause is our own bug."""
         text = " ".join(str(error).split())
         if isinstance(error, FloatingPointError):
             return "diverged", text
@@ -518,17 +519,17 @@ class Run:
     def _command_to_go_on(self, diverged: bool) -> str:
         start = "" if self.world_size == 1 else "torchrun ..."
         words = ["--resume", self.folder]
-        for option in LEARNING_RATES if diverged else ():  # with the same, it would diverge again
+        for option in LEARNING_RATES if diverged else ():  # with the same rates, it would diverge again
             if hasattr(self.args, option):
                 words += [flag_of(option), f"{getattr(self.args, option) / 2:g}"]
         return command(storage.SCRIPTS[self.name], *words, start=start)
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict):
-    """Load an optimizer's moments and learning rates; its constants are those of the code.
+    """Load an optimizer's moments and learning rates; all other settings stay those of the code.
 
     Raises:
-        ValueError: the moments do not have the shapes of the weights, which no kernel would notice.
+        ValueError: the moments do not have the shapes of the weights, which no kernel would check.
     """
     groups = zip(optimizer.state_dict()["param_groups"], saved["param_groups"])
     groups = [own | {"lr": float(group["lr"])} for own, group in groups]
@@ -542,7 +543,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict):
 
 
 def summary_writer() -> type:
-    """Return TensorBoard's writer, which is imported only where --tensorboard asks for it.
+    """Return TensorBoard's writer class, imported only if --tensorboard is given.
 
     Raises:
         ValueError: TensorBoard is not installed.
@@ -555,7 +556,7 @@ def summary_writer() -> type:
 
 
 def duration(seconds: float) -> str:
-    """Return a time to come as people say it: 40 s, 12 min, 3.5 h."""
+    """Format a duration: 40 s, 12 min, 3.5 h."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

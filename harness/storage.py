@@ -22,7 +22,7 @@ import torch
 FORMAT = 5
 CHECKPOINT, PRIOR = "checkpoint", "prior"
 SCRIPTS = {CHECKPOINT: "train.py", PRIOR: "train_prior.py"}  # which script writes which
-IMAGE_CACHE = "images.pt"  # decoded images of a folder; they outlive a run, so that the next one finds them
+IMAGE_CACHE = "images.pt"  # decoded images of a folder; not moved aside with a run, so that the next one finds them
 PRIOR_FILES = (
     "prior*.pt",
     "prior_metrics.csv",
@@ -42,14 +42,14 @@ RUN_FILES = (
     "tensorboard",
 )
 RUN_FILES += ("recon_*.png", "reconstructed.png", "codes.pt", "images.txt", *PRIOR_FILES)
-TRAILER = b"sha256:"  # and 64 hexadecimal digits: the comment at the end of the zip archive that torch.save writes
+TRAILER = b"sha256:"  # and 64 hexadecimal digits: the comment of the zip archive that torch.save writes
 TRAILER_SIZE = len(TRAILER) + 64
-TEMPORARY = f"*.{'[0-9a-f]' * 16}.tmp"  # names of files half written; a user's own *.tmp are left alone
-NO_COMMENT = b"\0\0"  # the length of the comment before it was added
+TEMPORARY = f"*.{'[0-9a-f]' * 16}.tmp"  # half-written files; a user's own *.tmp are left alone
+NO_COMMENT = b"\0\0"  # the length of the comment before we add it
 
 
 class Damaged(ValueError):
-    """A file of ours is missing, cut short, changed, or something else."""
+    """A file of ours is missing, truncated or changed, or something else wrote it."""
 
 
 class OtherVersion(ValueError):
@@ -61,7 +61,7 @@ class OtherVersion(ValueError):
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Name a path in an OSError that names none: "No space left on device", but for what?"""
+    """Add the path to an OSError that names none, such as "No space left on device"."""
     try:
         yield
     except OSError as error:
@@ -72,14 +72,14 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that becomes `path` when the block ends; killed at any moment, `path` is what it was before.
+    """Open a file that becomes `path` when the block ends; if killed before that, `path` is unchanged.
 
     Raises:
-        OSError: it cannot be written; `path` is what it was before, and the space is free again.
+        OSError: it cannot be written; `path` is unchanged, and the space we used is freed.
     """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with naming(path), open(temporary, "xb") as file:  # x: never through a link that lies there
+        with naming(path), open(temporary, "xb") as file:  # x: never follow a link that lies there
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -96,7 +96,7 @@ def write_whole(path: Path, text: str):
 
 
 class DigestWriter:
-    """Pass on what torch.save writes, and take its digest."""
+    """Pass on what torch.save writes, and compute its digest."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.digest, self.error = file, hashlib.sha256(), None
@@ -106,7 +106,7 @@ class DigestWriter:
             self.digest.update(data)
             return self.file.write(data)
         except OSError as error:
-            self.error = error  # torch.save makes a RuntimeError of it
+            self.error = error  # torch.save turns it into a RuntimeError
             raise
 
     def flush(self):
@@ -114,10 +114,10 @@ class DigestWriter:
 
 
 def write_state(path: Path, state):
-    """Write what torch.load reads, with its own digest at the end.
+    """Write a file that torch.load can read, with its digest at the end.
 
     Raises:
-        OSError: it cannot be written; `path` is what it was before.
+        OSError: it cannot be written; `path` is unchanged.
     """
     with whole_file(path) as file:
         writer = DigestWriter(file)
@@ -133,7 +133,7 @@ def read_state(path: Path, mmap: bool = False) -> tuple[dict, str]:
     """Return what `write_state` wrote, on the CPU, and its digest; code in the file is never executed.
 
     Raises:
-        Damaged: the file is missing, or any bit of it is not as it was written.
+        Damaged: the file is missing, or any bit of it has changed.
         ValueError: it cannot be read.
     """
     if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
@@ -145,15 +145,15 @@ def read_state(path: Path, mmap: bool = False) -> tuple[dict, str]:
         raise ValueError(f"{path} cannot be read ({error})") from error
     except Damaged:
         raise
-    except Exception:  # written by something else; torch's own message tells users to execute the file
+    except Exception:  # something else wrote it; torch's own message tells users to execute the file
         raise Damaged(f"{path} holds more than tensors and plain values, and is not loaded") from None
 
 
 def read_digest(path: Path) -> str:
-    """Return the digest at the end of a file.
+    """Check the digest at the end of a file, and return it.
 
     Raises:
-        Damaged: it is not that of the bytes before it.
+        Damaged: it does not match the bytes before it.
     """
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -170,7 +170,7 @@ def read_digest(path: Path) -> str:
 
 @contextlib.contextmanager
 def new_folder(path: str | Path | None) -> Iterator[Path | None]:
-    """Give a folder to write to that becomes `path` when the block ends, and never is half full; None gives None.
+    """Yield a temporary folder that becomes `path` when the block ends, so `path` is never half full; None yields None.
 
     Raises:
         ValueError: `path` exists and is not an empty folder.
@@ -178,7 +178,7 @@ def new_folder(path: str | Path | None) -> Iterator[Path | None]:
     if path is None:
         yield None
         return
-    given, path = path, Path(os.path.realpath(path))  # of a link, where it leads
+    given, path = path, Path(os.path.realpath(path))  # follow a link
     if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir()) and not path.samefile(os.curdir)):
         raise ValueError(f"--out {given} is there already; name a new folder")
     for left in path.parent.glob(glob.escape(path.name) + TEMPORARY[1:]):
@@ -199,7 +199,7 @@ def new_folder(path: str | Path | None) -> Iterator[Path | None]:
 
 
 def fits(value, kind) -> bool:
-    """Return whether a value is of a type, passes a check, or is a dict with what a dict asks for under each name."""
+    """Return whether a value fits a kind: a type, a check, or a dict with a kind for each name."""
     if isinstance(kind, dict):
         return isinstance(value, dict) and all(fits(value.get(name), inner) for name, inner in kind.items())
     return isinstance(value, kind) if isinstance(kind, type) else kind(value)
@@ -226,7 +226,7 @@ def is_tensors(value) -> bool:
 
 
 def is_sums(value) -> bool:
-    """Return whether these are sums of losses, which are numbers, and counts, which are vectors."""
+    """Return whether these are sums of losses (scalars) and of counts (vectors)."""
     return is_tensors(value) and all(
         v.is_floating_point() and v.ndim == name.startswith("counts") for name, v in value.items()
     )
@@ -253,7 +253,7 @@ def checkpoint_path(folder: str | Path, name: str = CHECKPOINT, previous: bool =
 
 
 def save_checkpoint(folder: Path, state: dict, name: str = CHECKPOINT, keep_previous: bool = True):
-    """Write a run's checkpoint, and keep the one before it, unless that was one of the same step.
+    """Write a run's checkpoint, and with `keep_previous` also keep the one before it.
 
     Raises:
         OSError: it cannot be written; the last checkpoint is still there.
@@ -269,7 +269,7 @@ def save_checkpoint(folder: Path, state: dict, name: str = CHECKPOINT, keep_prev
         except OSError:  # a file system without hard links
             shutil.copyfile(path, copy)
         os.replace(copy, checkpoint_path(folder, name, previous=True))
-        copy.unlink(missing_ok=True)  # a rename does nothing if both are links to one file, after a kill right here
+        copy.unlink(missing_ok=True)  # a rename does nothing if both link to one file, as after a kill right here
     write_state(path, {"format": FORMAT, **state})
 
 
@@ -284,10 +284,10 @@ def sound(value) -> bool:
 
 
 def load_checkpoint(folder: str | Path, name: str = CHECKPOINT) -> dict:
-    """Read a run's checkpoint onto the CPU, with the file's own digest and path under these names.
+    """Read a run's checkpoint onto the CPU; adds the file's digest and path as "digest" and "path".
 
     Raises:
-        ValueError: there is none, it is damaged or foreign, or another version wrote it.
+        ValueError: it is missing or damaged, or another program or version wrote it.
     """
     try:
         return read_checkpoint(checkpoint_path(folder, name), name)
@@ -358,7 +358,7 @@ def writable_folder(path: str | Path) -> Path:
 
 
 def refuse_weights_only(folder: str | Path):
-    """Raise ValueError if a folder holds weights without their optimizer, which are there to be used."""
+    """Raise ValueError if a folder holds weights without an optimizer: they are for use, not for training."""
     try:
         checkpoint = load_checkpoint(folder)
     except ValueError:  # nothing to protect
@@ -368,24 +368,24 @@ def refuse_weights_only(folder: str | Path):
 
 
 def is_run_folder(folder: Path) -> bool:
-    """Return whether a run writes, or has written, into a folder: its pictures are no training images."""
+    """Return whether a run writes, or has written, into a folder: its pictures are not training images."""
     return any((folder / name).exists() for name in (".lock.pid", "checkpoint.pt", "prior.pt"))
 
 
 def lock_folder(folder: Path) -> filelock.BaseFileLock:
-    """Let no other process write into a run's folder until the lock is released or this process ends.
+    """Lock a run's folder against other processes until the lock is released or this process ends.
 
     Raises:
         ValueError: another process holds it.
     """
-    # A singleton: a refused run may still hold the lock in a process that lives on, such as a notebook's.
+    # A singleton, since a process that lives on after a refused run, such as a notebook, may still hold the lock.
     lock, owner = filelock.FileLock(folder.resolve() / ".lock", is_singleton=True), folder / ".lock.pid"
     try:
         pid = int(owner.read_text(encoding="utf-8"))
         alive = psutil.pid_exists(pid)
     except (OSError, ValueError, OverflowError):
         pid, alive = None, True
-    # The lock of a killed run goes with its last process, of which some take seconds to see that the first has died.
+    # A killed run holds its lock until all its processes have ended; some take seconds to see that the first is dead.
     patience = 0 if alive else 10
     try:
         lock.acquire(timeout=patience)
@@ -410,7 +410,7 @@ def make_way(folder: Path, patterns: tuple[str, ...] = RUN_FILES, reason: str = 
     earlier = list({path for pattern in patterns for path in folder.glob(pattern)})
     if not earlier:
         return
-    # The newest goes last: killed halfway, the next start finds the same name, and goes on.
+    # Move the newest last: after a kill halfway, the next start finds the same folder name, and moves the rest.
     earlier.sort(key=lambda path: path.lstat().st_mtime)
     archive = folder / time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(earlier[-1].lstat().st_mtime))
     while any(os.path.lexists(archive / path.name) for path in earlier):
@@ -422,7 +422,7 @@ def make_way(folder: Path, patterns: tuple[str, ...] = RUN_FILES, reason: str = 
 
 
 def tell_of_prior(folder: Path):
-    """Say that a prior in the folder stays with the weights that it was trained on, since these go on learning."""
+    """Warn that a prior in the folder will no longer fit the VQ-VAE, which goes on training."""
     with contextlib.suppress(ValueError):
         step = load_checkpoint(folder, PRIOR)["identity"]["vqvae_step"]
         say(f"the prior in {folder} belongs to the VQ-VAE of step {step:,}; train it anew after this run")
@@ -434,17 +434,17 @@ def append_row(path: Path, row: Sequence):
 
 
 def read_metrics(path: Path) -> list[tuple[str, dict]]:
-    """Return the whole lines of a metrics file, each with its values by column; None where there is none.
+    """Return the complete lines of a metrics file, each with its values by column; an empty value is None.
 
     Raises:
-        Damaged: a step, or what was measured, is no number.
+        Damaged: a step or a measured value is not a number.
     """
     head, *lines = path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
     names, rows = head.split(","), []
     for i, line in enumerate(lines, 2):
         try:
             values = dict(zip(names, next(csv.reader([line])), strict=True))
-        except (ValueError, csv.Error):  # it was cut short
+        except (ValueError, csv.Error):  # a truncated line
             continue
         try:
             row = {name: (float(v) if v else None) if name != "dataset" else v for name, v in values.items()}
@@ -456,10 +456,10 @@ def read_metrics(path: Path) -> list[tuple[str, dict]]:
 
 
 def trim_metrics(path: Path, step: int):
-    """Keep the whole lines of a metrics file up to a step: those after it will be written again."""
+    """Keep the complete lines of a metrics file up to a step; those after it will be written again."""
     if not path.exists():
         return
-    if not path.is_file():  # a pipe would be waited for
+    if not path.is_file():  # reading a pipe would block
         raise Damaged(f"{path} is no file; move it away")
     kept = [(line, row) for line, row in read_metrics(path) if row["step"] <= step]
     if kept:
