@@ -425,7 +425,7 @@ class Run:
             for name, value in numbers.items():
                 self.writer.add_scalar(name, value, self.step)
         self.logged = self.step
-        self.show(", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+        self.show(", ".join(f"{name} {short(value)}" for name, value in numbers.items()))
 
     def log_picture(self, name: str, path: Path):
         """Show a picture in TensorBoard, if --tensorboard asks for it."""
@@ -553,6 +553,11 @@ def summary_writer() -> type:
     except ImportError:
         raise ValueError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
     return SummaryWriter
+
+
+def short(value: float) -> str:
+    """Format a logged number: 0.01234, 512, 34,350."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def duration(seconds: float) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from harness import run
 from harness.data import batch_indices, load_dataset
-from harness.run import Means, Run, duration
+from harness.run import Means, Run, duration, short
 from harness.storage import load_checkpoint, save_checkpoint
 
 import pytest
@@ -72,6 +72,11 @@ def test_schedule_warms_up_then_falls_linearly():
     assert shares[0] == pytest.approx(1 / 30) and shares[14] == pytest.approx(0.5 * 0.986)
     assert max(shares) == shares[29] == pytest.approx(0.971)
     assert shares[29:] == pytest.approx([(1000 - step) / 1000 for step in range(29, 1000)])
+
+
+def test_logged_numbers_are_short():
+    values = (0.0123449, 512, 512.04, 34350, 34350.6, -2000)
+    assert [short(value) for value in values] == ["0.01234", "512", "512", "34,350", "34,351", "-2,000"]
 
 
 def test_time_is_told_in_its_unit():
