@@ -44,7 +44,7 @@ class Block(nn.Module):
         return x + self._drop(self.mlp(self.norm2(x)))
 
     def _drop(self, x):  # the same channels at all positions: a mask for each would cost a fifth of the time on a CPU
-        return x * F.dropout(x.new_ones(len(x), 1, x.shape[2]), self.dropout) if self.training else x
+        return x * F.dropout(x.new_ones(len(x), 1, x.shape[2]), self.dropout) if self.training and self.dropout else x
 
 
 class Prior(nn.Module):
@@ -66,7 +66,7 @@ class Prior(nn.Module):
         width: int = 192,
         depth: int = 4,
         heads: int = 6,
-        dropout: float = 0.05,
+        dropout: float = 0.0,
     ):
         super().__init__()
         if width % heads:

@@ -59,7 +59,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("optimization")
     help = "highest learning rate of encoder and decoder; by default 0.3 / sqrt(steps)"
     group.add_argument("--lr", type=rate, help=help)
-    group.add_argument("--codebook-lr", type=rate, default=4e-2, help="highest learning rate of the codes")
+    help = "highest learning rate of the codes; by default 0.04, with two levels 0.01"
+    group.add_argument("--codebook-lr", type=rate, help=help)
     add_run_flags(parser, steps=7500, batch_size=48)
     return parse_run_args(parser, argv, CHECKPOINT)
 
@@ -74,6 +75,8 @@ def main(args: argparse.Namespace):
             args.downsample = 4 if args.levels > 1 or max(image_shape) <= 64 else 8
         if args.lr is None:  # Muon's updates all have the same size, so more steps need smaller ones
             args.lr = 0.3 * args.steps**-0.5
+        if args.codebook_lr is None:  # faster codes leave many of the top level unused
+            args.codebook_lr = 0.04 if args.levels == 1 else 0.01
         check_memory(lambda: build_model(vars(args), image_shape), run.device)
         test_images = first_images(data.test_images, CURVE_IMAGES)
         identity = {"images": data.digest, "image_shape": image_shape, "class_names": data.class_names}

@@ -169,6 +169,7 @@ def test_two_levels_have_their_own_columns(folder, tmp_path):
             assert float(last[f"{name}_{level}"]) > 0
         assert 0 < summary[f"codes_used_{level}"] <= 32 and summary[f"perplexity_{level}"] >= 1
     assert summary["dataset"] == str(folder) and summary["arguments"]["downsample"] == 4
+    assert summary["arguments"]["codebook_lr"] == 0.01
     one = tmp_path / "one"
     train(one, f"--dataset={folder}", "--steps=10", "--save-every=10")
     assert imread(tmp_path / "codebook.png").shape[0] == 2 * imread(one / "codebook.png").shape[0]
