@@ -91,7 +91,7 @@ def load_page(run: str, data_dir: str | None = None, device: torch.device | str 
     try:
         prior = load_run(run, device)[1]
     except ValueError as error:
-        how = command("train_prior.py", "--run", run, start="python")
+        how = command("train_prior.py", "--run", Path(run), start="python")
         missing["prior"] = f"To draw new images, first train a prior: {how} ({error})."
     try:
         images = dataset_of(checkpoint, Path(run), data_dir).test_images

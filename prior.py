@@ -66,7 +66,7 @@ class Prior(nn.Module):
         width: int = 192,
         depth: int = 4,
         heads: int = 6,
-        dropout: float = 0.0,
+        dropout: float = 0.05,
     ):
         super().__init__()
         if width % heads:

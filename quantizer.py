@@ -80,12 +80,13 @@ class VectorQuantizer(nn.Module):
         self.codebook_size, self.code_dim = codebook_size, code_dim
         self.ema, self.decay, self.revive_below = ema, decay, revive_below
 
-        codebook = torch.empty(codebook_size, code_dim).uniform_(-1 / codebook_size, 1 / codebook_size)
+        codebook = torch.empty(codebook_size, code_dim, dtype=torch.float32)
+        codebook.uniform_(-1 / codebook_size, 1 / codebook_size)
         if ema:
             self.register_buffer("codebook", codebook)
         else:
             self.codebook = nn.Parameter(codebook)
-        self.register_buffer("ema_counts", torch.ones(codebook_size))
+        self.register_buffer("ema_counts", torch.ones(codebook_size, dtype=torch.float32))
         self.register_buffer("started", torch.tensor(0 if kmeans_start else codebook_size))  # codes initialised
         self.all_started = not kmeans_start  # if False, read `started`, which makes the host wait for a GPU
         self.register_buffer("revived", torch.zeros(codebook_size, dtype=torch.bool), persistent=False)
@@ -168,8 +169,11 @@ class VectorQuantizer(nn.Module):
 
         return super()._apply(keep_dtype, recurse)
 
-    def _load_from_state_dict(self, *args):
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for name in (f"{prefix}codebook", f"{prefix}ema_counts"):  # with assign=True they would get the file's dtype
+            if torch.is_tensor(state_dict.get(name)):
+                state_dict[name] = state_dict[name].float()
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self.all_started = False
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import operator
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -26,7 +27,8 @@ from model import VQVAE, load_model, named
 
 SHOWN = 10  # images in reconstructed.png; --out writes all
 FROM_TEST_SET = 8  # test images, if no files are named
-LONGEST_NAME = 240  # bytes: leaves room for a number and .png within the usual limit of 255
+LONGEST_FILE_NAME = 255  # bytes: the limit of most file systems
+LONGEST_NAME = 240  # bytes: leaves room for a number and .png
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -222,12 +224,14 @@ def read_codes(path: Path, model: VQVAE, checkpoint: dict) -> tuple[list[str], l
     """
     if not path.is_file():
         raise ValueError(f"{printable(path)} is not there, or no file")
+    codebook_size = model.levels[0].quantizer.codebook_size
     try:
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            names, (height, width) = file["names"].tolist(), map(int, file["image_size"])
+            names, (height, width) = file["names"].tolist(), map(operator.index, file["image_size"])
             size, digest = (height, width), str(file["model"])
+            file_codebook_size = str(file.get("codebook_size", codebook_size))
             maps = model.map_names if digest == checkpoint["digest"] else []  # another model may have other maps
-            levels = [torch.from_numpy(file[named("indices", name)]).long() for name in maps]
+            levels = [file[named("indices", name)] for name in maps]
     except Exception as error:  # damaged archives surface as almost any exception
         raise ValueError(f"{printable(path)} is not a codes.npz of this project, or damaged") from error
     if digest != checkpoint["digest"]:
@@ -238,12 +242,18 @@ def read_codes(path: Path, model: VQVAE, checkpoint: dict) -> tuple[list[str], l
         raise ValueError(f"{printable(path)} holds no images, or their names are no text")
     if [tuple(level.shape) for level in levels] != [(len(names), *grid) for grid in model.grids(size)]:
         raise ValueError(f"{printable(path)}: the indices do not have the shape of {len(names)} images of this model")
+    if file_codebook_size != str(codebook_size):
+        raise ValueError(f"{printable(path)}: codebook_size is {file_codebook_size}, but the model has {codebook_size}")
     for level in levels:
-        if not 0 <= level.min() <= level.max() < model.levels[0].quantizer.codebook_size:
+        if level.dtype.kind not in "iu":
+            raise ValueError(f"{printable(path)}: the indices are {level.dtype}, but must be integers")
+        if not 0 <= level.min() <= level.max() < codebook_size:
             raise ValueError(f"{printable(path)}: indices run from {level.min()} to {level.max()}, out of range")
     if len(set(names)) < len(names) or any(name != safe_name(name) for name in names):
         raise ValueError(f"{printable(path)}: its names are no file names")
-    return names, list(zip(*levels)), size
+    if (longest := max(len(f"{name}.png".encode()) for name in names)) > LONGEST_FILE_NAME:
+        raise ValueError(f"{printable(path)}: a file name takes {longest} bytes, more than {LONGEST_FILE_NAME}")
+    return names, list(zip(*(torch.from_numpy(level.astype(np.int64)) for level in levels))), size
 
 
 def free_name(path: Path) -> Path:

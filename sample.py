@@ -43,7 +43,7 @@ def load_run(run: str | Path, device: torch.device | str = "cpu") -> tuple[VQVAE
         steps = trained["identity"]["vqvae_step"], vqvae["progress"]["step"]
         raise ValueError(
             f"the prior in {run} belongs to another VQ-VAE, of step {steps[0]:,}, than the one there, of step "
-            f"{steps[1]:,}; train it anew: {command('train_prior.py', '--run', run)}"
+            f"{steps[1]:,}; train it anew: {command('train_prior.py', '--run', Path(run))}"
         )
     model = load_model(vqvae, device)
     prior = load_prior(trained, model)
@@ -60,16 +60,13 @@ def class_numbers(wanted: list[str], names: list[str] | None) -> list[int]:
     Raises:
         ValueError: one is neither; the message lists the classes.
     """
-    names, numbers = names or [], []
+    names = names or []
+    numbers = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
     for text in wanted:
-        if text in names:
-            numbers.append(names.index(text))
-        elif text.isdecimal() and int(text) < len(names):
-            numbers.append(int(text))
-        else:
+        if text not in numbers:
             there = f"there are {', '.join(names)}" if names else "the prior was trained without classes"
             raise ValueError(f"--classes: there is no class {text}; {there}")
-    return numbers
+    return [numbers[text] for text in wanted]
 
 
 def sample(
@@ -135,13 +132,21 @@ def render(model: VQVAE, levels: list[Tensor | None], size: Sequence[int] | None
     return torch.cat(images)
 
 
+def names_in(text: str) -> list[str]:
+    """Split names at commas and line breaks outside of quotes; an argparse type."""
+    try:
+        return [name for line in csv.reader(text.splitlines()) for name in line] or [text]
+    except csv.Error as error:
+        raise argparse.ArgumentTypeError(f"cannot be split into names ({error})") from error
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser("Draw new images from a run of train.py and train_prior.py.")
     positive, above_zero = number(int, 1, 2**31), number(float, 0, above=True)
     parser.add_argument("--run", default="results", help="folder of the run")
     parser.add_argument("--num", type=positive, help="images in all; by default 10 of each class")
     help = """names or numbers, as cats,dogs or 3,7 or 'cats,"salt, pepper"'; by default all"""
-    parser.add_argument("--classes", type=lambda text: next(csv.reader([text])) or [text], help=help)
+    parser.add_argument("--classes", type=names_in, help=help)
     parser.add_argument("--temperature", type=above_zero, default=TEMPERATURE, help="below 1, likelier codes")
     parser.add_argument("--top-k", type=number(int, 0, 2**31), default=0, help="draw from so many codes; 0: all")
     parser.add_argument("--top-p", type=above_zero, default=TOP_P, help="draw from codes of this probability in all")

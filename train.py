@@ -34,7 +34,7 @@ CURVE_IMAGES = 1000  # the test-MSE curve uses at most this many test images; su
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser("Train a VQ-VAE, and leave pictures, metrics and a checkpoint in a folder.")
     switch, positive = argparse.BooleanOptionalAction, number(int, 1, 2**31)
-    rate, share = number(float, 0), number(float, 0, 1)
+    rate, share = number(float, 0, 1e30), number(float, 0, 1)
     parser.add_argument("--out-dir", default="results", help="folder for all output; an earlier run in it is kept")
     add_data_flags(parser)
 

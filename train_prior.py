@@ -35,19 +35,19 @@ CODES = "codes.pt"
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser("Train a prior over the codes of a run of train.py, and leave it in the run's folder.")
-    positive, rate = number(int, 1, 2**31), number(float, 0)
+    positive, rate = number(int, 1, 2**31), number(float, 0, 1e30)
     parser.add_argument("--run", default="results", help="folder of the run of train.py")
     parser.add_argument("--data-dir", help="folder of the data set, if it is not where it was for training")
     group = parser.add_argument_group("model")
     group.add_argument("--width", type=positive, default=192, help="channels of the transformer")
     group.add_argument("--depth", type=number(int, 1, 1000), default=4, help="blocks of the transformer")
     group.add_argument("--heads", type=positive, default=6, help="attention heads; they divide the width")
-    group.add_argument("--dropout", type=number(float, 0, 1), default=0.0, help="share of channels dropped in training")
+    group.add_argument("--dropout", type=number(float, 0, 1), default=0.05, help="share of channels dropped")
     group = parser.add_argument_group("optimization")
-    group.add_argument("--lr", type=rate, default=5e-3, help="highest learning rate of the blocks' matrices (Muon)")
+    group.add_argument("--lr", type=rate, default=1e-2, help="highest learning rate of the blocks' matrices (Muon)")
     group.add_argument("--embedding-lr", type=rate, default=6e-3, help="highest learning rate of all else (AdamW)")
     group.add_argument("--weight-decay", type=rate, default=0.1, help="share of the learning rate that weights lose")
-    add_run_flags(parser, steps=4500, batch_size=64)
+    add_run_flags(parser, steps=3000, batch_size=64)
     args = parse_run_args(parser, argv, PRIOR)
     if args.width % args.heads:
         parser.error(f"--width {args.width} must be a multiple of --heads, {args.heads}")

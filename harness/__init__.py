@@ -9,6 +9,17 @@ for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
     if getattr(sys, name) is None:
         setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - stays open until Python ends
 
+
+def excepthook(kind, error, traceback):
+    """Say one line if Ctrl-C comes while torch is being imported, which takes seconds."""
+    if issubclass(kind, KeyboardInterrupt):
+        print(f"{os.path.basename(sys.argv[0])}: error: interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = excepthook
+
 logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns on import if it cannot write to the home folder
 
 # OpenMP's threads spin while they wait, by default so long that two trainings side by side slow each other down

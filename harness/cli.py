@@ -85,10 +85,10 @@ def drop_output(error: bool):
 
 @contextlib.contextmanager
 def user_errors():
-    """Turn a user's mistake, a ValueError or OSError, into one line on stderr and exit code 2."""
+    """Turn a user's mistake, a ValueError or OSError, or NaN in a model into one line on stderr and exit code 2."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         fail(str(error), code=2)
     except dist.DistError:
         fail("another process of this run has ended", code=1)
@@ -101,12 +101,13 @@ def fail(message: str, code: int):
     sys.exit(code)
 
 
-def command(script: str, *words, start: str = "") -> str:
+def command(script: str, *words: str | Path, start: str = "") -> str:
     """Return the command that runs a script of the project from here, by default with this Python."""
+    words = [f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word) for word in words]
     path = Path(__file__).parents[1] / script
     with contextlib.suppress(ValueError):  # Windows: on another drive than the working directory
         path = os.path.relpath(path)
-    return f"{start or shlex.quote(sys.executable)} {shlex.join([str(path), *map(str, words)])}"
+    return f"{start or shlex.quote(sys.executable)} {shlex.join([str(path), *words])}"
 
 
 def printable(name) -> str:

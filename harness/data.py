@@ -98,7 +98,8 @@ def add_data_flags(parser: argparse.ArgumentParser):
 def color(text: str) -> str:
     """Return the name of a colour that Pillow knows; an argparse type."""
     try:
-        ImageColor.getrgb(text)
+        if max(ImageColor.getrgb(text)) > 255:
+            raise ValueError
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"{printable(text)} is no colour; name one, such as white, or give it as #rrggbb"

@@ -33,7 +33,7 @@ def picture_or_reason():
     """If a picture cannot be made, say why and go on without it."""
     try:
         yield
-    except (OSError, Damaged) as error:
+    except (OSError, RuntimeError, Damaged) as error:  # RuntimeError: LaTeX, if a matplotlibrc asks for it
         say(f"cannot write a picture ({error}); going on without it", error=True)
 
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from harness.cli import printable, say, shortened
 from harness.machine import free_memory
-from harness.storage import is_run_folder, read_state, write_state
+from harness.storage import is_ours, is_run_file, is_run_folder, make_way, read_state, write_state
 
 import numpy as np
 import torch
@@ -158,22 +158,28 @@ def walk(root: Path) -> list[Path]:
     """Return the images in a folder and its subfolders, sorted; folders of runs and hidden files are skipped.
 
     Raises:
-        ValueError: there are none, or a folder cannot be read.
+        ValueError: there are none, or a folder cannot be read, or images lie beside a run's own pictures.
     """
 
     def refuse(error: OSError):
         raise ValueError(f"the folder {printable(error.filename)} cannot be read ({error.strerror})") from error
 
-    paths, seen = [], set()
+    images, root = [], Path(root)
     for parent, folders, names in os.walk(root, onerror=refuse, followlinks=True):
-        seen.add(os.path.realpath(parent))
-        if is_run_folder(Path(parent)):
+        parent = Path(parent)
+        paths = [parent / name for name in names if not name.startswith(".")]
+        paths = [path for path in paths if path.suffix.lower() in ENDINGS and not is_special(path)]
+        if is_run_folder(parent):
+            if others := [path for path in paths if not is_run_file(path)]:
+                found = f"{len(others)} images of another origin, {printable(min(others).name)} among them"
+                raise ValueError(f"{printable(parent)} is the folder of a run, but holds {found}; keep them apart")
             folders.clear()
             continue
-        paths += [Path(parent, name) for name in names if not name.startswith(".")]
+        images += paths
+        above = {os.path.realpath(path) for path in (parent, *parent.parents) if path.is_relative_to(root)}
         inner = [name for name in folders if not name.startswith(".")]
-        folders[:] = [name for name in inner if os.path.realpath(Path(parent, name)) not in seen]  # links may loop
-    images = sorted(path for path in paths if path.suffix.lower() in ENDINGS and not is_special(path))
+        folders[:] = [name for name in inner if os.path.realpath(parent / name) not in above]  # links may loop
+    images.sort()
     if not images and is_run_folder(root):
         raise ValueError(f"{printable(root)} is the folder of a run, whose pictures are no images to read")
     if not images:
@@ -247,6 +253,8 @@ def decode_folder(
     decoded = {"images": images, "shape": shape, "bad": bad, "counts": counts, "digests": digests, "key": key}
     if cache and not bad:  # with bad files, the next run tries again
         try:
+            if cache.exists() and not is_ours(cache):
+                make_way(cache.parent, (cache.name,), "another program wrote it", what=cache.name)
             write_state(cache, decoded)
         except OSError as error:
             say(f"cannot keep the decoded images for the next run ({error})", error=True)
@@ -397,6 +405,9 @@ def resize_and_crop(image, size: int | tuple[int, int]):
 
     Args:
         size: of the result, (H, W), or one number for both.
+
+    Raises:
+        ValueError: the image is so long, or the size so large, that scaling takes more pixels than Pillow would open.
     """
     wanted_height, wanted_width = (size, size) if isinstance(size, int) else size
     _, height, width = get_dimensions(image)
@@ -404,6 +415,9 @@ def resize_and_crop(image, size: int | tuple[int, int]):
         covering = [wanted_height, int(wanted_height * width / height)]
     else:
         covering = [int(wanted_width * height / width), wanted_width]
+    if math.prod(covering) > Image.MAX_IMAGE_PIXELS:
+        scaled = f"scaled to cover {wanted_width}x{wanted_height}, it would have {math.prod(covering):,} pixels"
+        raise ValueError(f"{scaled}, more than {Image.MAX_IMAGE_PIXELS:,}")
     return center_crop(resize(image, covering, antialias=True), [wanted_height, wanted_width])
 
 

@@ -402,6 +402,7 @@ class Run:
         }
         state |= {"progress": progress, "random": random_state(self.device)}
         if self.rank == 0:
+            storage.check_owner(self.folder)
             storage.save_checkpoint(self.folder, state, self.name, keep_previous=self.saved != self.step)
         self.saved = self.step
 
@@ -409,6 +410,7 @@ class Run:
         """Append a row to the metrics, with the step as its first column, and show it as a line."""
         if self.rank > 0:
             return
+        storage.check_owner(self.folder)
         path = self.folder / METRICS[self.name]
         row = {"step": self.step} | {k: printable(v) if isinstance(v, str) else v for k, v in row.items()}
         header = ",".join(row) + "\n"
@@ -499,8 +501,11 @@ class Run:
                 fail(message, code=1)
             with contextlib.suppress(ValueError, OSError):
                 saved = storage.load_checkpoint(self.folder, self.name)["progress"]["step"]
-                command = self._command_to_go_on(diverged=isinstance(error, FloatingPointError))
-                message += f"; the checkpoint of step {saved} is whole, to go on: {command}"
+                if isinstance(error, FloatingPointError) and saved == self.step:  # finite weights, infinite results
+                    message += "; its checkpoint would diverge again: start anew with --fresh and a lower rate"
+                else:
+                    command = self._command_to_go_on(diverged=isinstance(error, FloatingPointError))
+                    message += f"; the checkpoint of step {saved} is whole, to go on: {command}"
             fail(message, code=1)
 
     def _reason(self, error: BaseException | None) -> tuple[str, str] | None:

@@ -41,7 +41,7 @@ RUN_FILES = (
     "codebook.png",
     "tensorboard",
 )
-RUN_FILES += ("recon_*.png", "reconstructed.png", "codes.pt", "images.txt", *PRIOR_FILES)
+RUN_FILES += ("recon_*.png", "reconstructed*.png", "codes.pt", "images.txt", *PRIOR_FILES)
 TRAILER = b"sha256:"  # and 64 hexadecimal digits: the comment of the zip archive that torch.save writes
 TRAILER_SIZE = len(TRAILER) + 64
 TEMPORARY = f"*.{'[0-9a-f]' * 16}.tmp"  # half-written files; a user's own *.tmp are left alone
@@ -166,6 +166,15 @@ def read_digest(path: Path) -> str:
         if left != 0 or file.read() != expected:
             raise Damaged(f"{path} is damaged, or was not written by this version of the project")
     return digest.hexdigest()
+
+
+def is_ours(path: Path) -> bool:
+    """Return whether a file ends as those of `write_state` do, damaged or not."""
+    if not path.is_file() or path.stat().st_size < TRAILER_SIZE:
+        return False
+    with open(path, "rb") as file:
+        file.seek(-TRAILER_SIZE, os.SEEK_END)
+        return file.read(len(TRAILER)) == TRAILER
 
 
 @contextlib.contextmanager
@@ -297,7 +306,7 @@ def load_checkpoint(folder: str | Path, name: str = CHECKPOINT) -> dict:
             step = read_checkpoint(previous, name)["progress"]["step"]
         except ValueError:
             raise error from None
-        copy = shlex.join(["cp", str(previous), str(path)])
+        copy = shlex.join(["cp", "--", str(previous), str(path)])
         raise ValueError(f"{error}; to go on from step {step} instead: {copy}") from error
 
 
@@ -368,8 +377,27 @@ def refuse_weights_only(folder: str | Path):
 
 
 def is_run_folder(folder: Path) -> bool:
-    """Return whether a run writes, or has written, into a folder: its pictures are not training images."""
-    return any((folder / name).exists() for name in (".lock.pid", "checkpoint.pt", "prior.pt"))
+    """Return whether a run has written into a folder, or is about to: its pictures are not training images."""
+    return any((folder / name).exists() for name in ("checkpoint.pt", "prior.pt")) or lock_owner(folder)[1]
+
+
+def is_run_file(path: Path) -> bool:
+    return any(path.match(pattern) for pattern in RUN_FILES)
+
+
+def lock_owner(folder: Path) -> tuple[int | None, bool]:
+    """Return the process that locked a folder last, None if unknown, and whether it is alive."""
+    try:
+        pid = int((folder / ".lock.pid").read_text(encoding="utf-8"))
+        return pid, psutil.pid_exists(pid)
+    except (OSError, ValueError, OverflowError):
+        return None, False
+
+
+def check_owner(folder: Path):
+    """Raise Damaged if a folder that this process has locked was moved: another run may be in its place."""
+    if lock_owner(folder)[0] != os.getpid():
+        raise Damaged(f"{folder} was moved, or another run took its place; go on with --resume and its new name")
 
 
 def lock_folder(folder: Path) -> filelock.BaseFileLock:
@@ -379,14 +407,9 @@ def lock_folder(folder: Path) -> filelock.BaseFileLock:
         ValueError: another process holds it.
     """
     # A singleton, since a process that lives on after a refused run, such as a notebook, may still hold the lock.
-    lock, owner = filelock.FileLock(folder.resolve() / ".lock", is_singleton=True), folder / ".lock.pid"
-    try:
-        pid = int(owner.read_text(encoding="utf-8"))
-        alive = psutil.pid_exists(pid)
-    except (OSError, ValueError, OverflowError):
-        pid, alive = None, True
+    lock, (pid, alive) = filelock.FileLock(folder.resolve() / ".lock", is_singleton=True), lock_owner(folder)
     # A killed run holds its lock until all its processes have ended; some take seconds to see that the first is dead.
-    patience = 0 if alive else 10
+    patience = 10 if pid and not alive else 0
     try:
         lock.acquire(timeout=patience)
     except NotImplementedError:
@@ -401,11 +424,11 @@ def lock_folder(folder: Path) -> filelock.BaseFileLock:
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
-    write_whole(owner, f"{os.getpid()}\n")
+    write_whole(folder / ".lock.pid", f"{os.getpid()}\n")
     return lock
 
 
-def make_way(folder: Path, patterns: tuple[str, ...] = RUN_FILES, reason: str = ""):
+def make_way(folder: Path, patterns: tuple[str, ...] = RUN_FILES, reason: str = "", what: str = "the earlier run"):
     """Move an earlier run's files into a dated folder inside the folder of a new one."""
     earlier = list({path for pattern in patterns for path in folder.glob(pattern)})
     if not earlier:
@@ -418,7 +441,7 @@ def make_way(folder: Path, patterns: tuple[str, ...] = RUN_FILES, reason: str = 
     archive.mkdir(exist_ok=True)
     for path in earlier:
         path.rename(archive / path.name)
-    say(f"moved the earlier run in {folder} to {archive}" + (f": {reason}" if reason else ""))
+    say(f"moved {what} in {folder} to {archive}" + (f": {reason}" if reason else ""))
 
 
 def tell_of_prior(folder: Path):

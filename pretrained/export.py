@@ -48,8 +48,26 @@ def without_paths(args: dict) -> dict:
     return args | {name: path for name, path in PATHS.items() if args.get(name) is not None}
 
 
+def read_summary(run: str) -> dict:
+    """Return what summary.json holds, without the maker's folders.
+
+    Raises:
+        ValueError: it is missing or damaged, or train.py did not write it.
+    """
+    path, remedy = Path(run, "summary.json"), "name the folder of a finished run"
+    if not path.is_file():
+        raise ValueError(f"{run} holds no summary.json; {remedy}")
+    content = path.read_bytes()
+    try:
+        summary = json.loads(content)
+        return summary | {"arguments": without_paths(summary["arguments"])}
+    except Exception as error:  # other contents can raise almost any exception
+        raise ValueError(f"{path} is damaged, or not a summary of train.py; {remedy}") from error
+
+
 def export(run: str, out: Path, half: tuple[str, ...]) -> int:
     """Write the folder, with the weights in `half` as float16; return how many bytes it takes."""
+    summary = read_summary(run)
     state = load_checkpoint(run)
     save_checkpoint(out, weights_only(state, state["model"], CHECKPOINT in half), keep_previous=False)
     if checkpoint_path(run, PRIOR).is_file():
@@ -58,8 +76,6 @@ def export(run: str, out: Path, half: tuple[str, ...]) -> int:
         kept["best"], kept["model"] = state["best"] | {"model": kept["model"]}, {}
         kept["identity"] |= trained_on(load_checkpoint(out))  # the VQ-VAE's file has another digest now
         save_checkpoint(out, kept, PRIOR, keep_previous=False)
-    summary = json.loads(Path(run, "summary.json").read_text(encoding="utf-8"))
-    summary["arguments"] = without_paths(summary["arguments"])
     write_whole(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     return sum(path.stat().st_size for path in out.iterdir())
 
@@ -85,8 +101,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace):
     with user_errors(), new_folder(args.out) as out:
-        if not Path(args.run, "summary.json").is_file():
-            raise ValueError(f"{args.run} holds no summary.json; name the folder of a finished run")
         for half in ((), (PRIOR,), (CHECKPOINT, PRIOR)):
             if (size := export(args.run, out, half)) <= MAX_BYTES:
                 break

@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -63,7 +64,13 @@ def test_every_flag_has_its_help(capsys, monkeypatch, module):
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(ValueError("a mistake"), 2), (OSError("a mistake"), 2), (KeyboardInterrupt(), 130)]
+    ("error", "code"),
+    [
+        (ValueError("a mistake"), 2),
+        (OSError("a mistake"), 2),
+        (FloatingPointError("a mistake"), 2),
+        (KeyboardInterrupt(), 130),
+    ],
 )
 def test_mistake_is_one_line(capsys, error, code):
     with pytest.raises(SystemExit) as ended, user_errors():
@@ -89,6 +96,18 @@ def test_command_holds_wherever_one_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     python, path, *words = shlex.split(command("train.py", "--resume", Path("my run's")))
     assert python == sys.executable and Path(path).samefile(ROOT / "train.py") and words == ["--resume", "my run's"]
+
+
+def test_command_takes_no_folder_for_a_flag():
+    assert shlex.split(command("sample.py", "--run", Path("-run")))[2:] == ["--run", "./-run"]
+
+
+def test_ctrl_c_while_torch_is_imported():
+    """Before any script can catch it."""
+    done = ended([sys.executable, "-c", "import harness; raise KeyboardInterrupt"])
+    assert done.returncode == -signal.SIGINT and done.stderr == "-c: error: interrupted\n"
+    done = ended([sys.executable, "-c", "import harness; 1 / 0"])
+    assert "Traceback" in done.stderr
 
 
 def test_long_list_of_names_is_shortened():

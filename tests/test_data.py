@@ -295,6 +295,6 @@ def test_ranks_flip_what_one_process_would(monkeypatch):
     assert torch.equal(torch.cat(parts), whole)
 
 
-@pytest.mark.parametrize("color", ["colourless", "#12", "", "line\nbreak"])
+@pytest.mark.parametrize("color", ["colourless", "#12", "", "line\nbreak", "rgb(300,0,0)"])
 def test_unknown_background_is_refused(capsys, color):
     assert "is no colour; name one" in refusal(capsys, script, f"--background={color}")

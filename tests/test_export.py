@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 from harness.data import to_pixels
@@ -7,6 +8,7 @@ from harness.storage import PRIOR, load_checkpoint, read_state, write_state
 import export
 import pytest
 import torch
+from conftest import refusal
 
 import sample
 import train as script
@@ -73,6 +75,15 @@ def test_weights_beyond_the_limit_leave_nothing(prior_run, tmp_path, monkeypatch
     with pytest.raises(SystemExit, match="2"):
         keep(prior_run, tmp_path / "kept")
     assert "even as float16" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"arguments": [1]}', "xx", "", b"\xff"])
+def test_bad_summary_is_named_and_nothing_written(prior_run, tmp_path, capsys, content):
+    run = shutil.copytree(prior_run, tmp_path / "run")
+    (run / "summary.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    printed = refusal(capsys, export, f"--run={run}", f"--out={tmp_path / 'kept'}")
+    assert f"{run / 'summary.json'} is damaged" in printed and "name the folder of a finished run" in printed
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 @pytest.mark.parametrize("flags", [[], ["--fresh"]])

@@ -20,12 +20,13 @@ from harness.data import (
     write_listing,
 )
 from harness.folder import ImageFiles, count_pixels, decode, resize_and_crop, walk
+from harness.storage import is_ours
 
 import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import save
+from conftest import SMALL, refusal, save
 from PIL import EpsImagePlugin, Image
 from torchvision.transforms.functional import resize
 
@@ -251,6 +252,28 @@ def test_images_are_walked_in_the_order_of_names(tmp_path):
 def test_circular_links_count_no_image_twice(folder):
     (folder / "train" / "again").symlink_to(folder / "train")
     assert len(load(folder).train_images) == 20
+
+
+def test_links_between_classes_lose_no_class(folder):
+    (folder / "train" / "cat" / "more").mkdir()
+    save(folder / "train" / "cat" / "more" / "x.png")
+    (folder / "train" / "dog" / "more").symlink_to(folder / "train" / "cat" / "more")
+    found = [path.relative_to(folder / "train").as_posix() for path in walk(folder / "train")]
+    assert len(found) == 22 and "cat/more/x.png" in found and "dog/more/x.png" in found
+
+
+def test_long_image_takes_no_more_memory(tmp_path):
+    save(tmp_path / "long.png", (1, 2_000_000), "L")
+    with pytest.raises(ValueError, match="scaled to cover 28x28, it would have 1,568,000,000 pixels, more than"):
+        decode(tmp_path / "long.png", 1, 28)
+
+
+def test_file_of_the_cache_s_name_is_kept(folder, tmp_path, capsys):
+    (tmp_path / "images.pt").write_text("not ours")
+    load(folder, cache=tmp_path / "images.pt")
+    assert "moved images.pt in" in capsys.readouterr().out
+    [kept] = tmp_path.glob("*/images.pt")
+    assert kept.read_text() == "not ours" and is_ours(tmp_path / "images.pt")
 
 
 def test_lone_test_folder_is_never_trained_on(folder):
@@ -579,12 +602,22 @@ def test_runs_inside_the_folder_are_left_out(folder):
     """But not a folder that merely has a table beside its images."""
     for name, file in (("results", "checkpoint.pt"), ("started", ".lock.pid")):
         save(folder / "train" / name / "recon_000010.png")
-        (folder / "train" / name / file).write_bytes(b"")
+        (folder / "train" / name / file).write_text(f"{os.getpid()}")
     (folder / "train" / "cat" / "metrics.csv").write_text("name,width")
     data = load(folder)
     assert len(data.train_images) == 20 and data.class_names == ["cat", "dog"]
     with pytest.raises(ValueError, match="results is the folder of a run"):
         walk(folder / "train" / "results")
+
+
+def test_images_beside_a_run_are_never_lost(capsys, folder, tmp_path):
+    """A class that was named as --out-dir by mistake, and refused, is still a class."""
+    cats = folder / "train" / "cat"
+    for _ in range(2):
+        printed = refusal(capsys, script, *SMALL, f"--out-dir={cats}", f"--dataset={folder}")
+        assert f"{cats} is the folder of a run, but holds 10 images of another origin, 0.png among them" in printed
+    (cats / ".lock.pid").write_text("0")  # as if that process had ended
+    assert load(folder).class_names == ["cat", "dog"]
 
 
 def test_image_beside_class_folders_is_told(folder, capsys):

@@ -168,6 +168,34 @@ def test_cast_quantizer_keeps_its_codebook_in_float32(ema, dtype, train):
     assert all(torch.equal(a, b) for a, b in zip(cast.state_dict().values(), plain.state_dict().values()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@BOTH_WAYS
+def test_default_dtype_leaves_the_codebook_in_float32(ema, dtype, request):
+    request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
+    torch.set_default_dtype(dtype)
+    vq = VectorQuantizer(16, 4, ema=ema, revive_below=0.5)
+    for _ in range(3):  # k-means, then updates and revival
+        out = vq(torch.randn(40, 4))
+    assert out.z_q.dtype == dtype and out.codebook_loss.dtype == torch.float32
+    assert vq.codebook.dtype == vq.ema_counts.dtype == torch.float32
+
+
+@pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@BOTH_WAYS
+def test_loaded_codebook_stays_in_float32(ema, dtype, assign):
+    """The weights themselves are not changed, and float32 weights are assigned as they are."""
+    vq, z_e = make(ema=ema), torch.randn(20, 4)
+    weights = {name: value.to(dtype) if value.is_floating_point() else value for name, value in vq.state_dict().items()}
+    weights["codebook"] = codebook = torch.randn(8, 4).to(dtype)
+    vq.load_state_dict(weights, assign=assign)
+    assert vq.codebook.dtype == vq.ema_counts.dtype == torch.float32 and codebook.dtype == dtype
+    assert isinstance(vq.codebook, torch.nn.Parameter) and vq.codebook.requires_grad or ema
+    assert (vq.codebook.data_ptr() == codebook.data_ptr()) == (assign and dtype == torch.float32)
+    assert torch.equal(vq.codebook, codebook.float()) and weights["codebook"] is codebook
+    assert torch.equal(vq(z_e).indices, brute_force(z_e, codebook))
+
+
 @pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("default")  # the compiler's own
 @BOTH_WAYS

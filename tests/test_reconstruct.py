@@ -296,10 +296,15 @@ CHANGES = {
     "another model": ({"model": "0" * 64}, "was written by another model"),
     "index too large": ({"indices_top": np.full((3, 2, 2), 32)}, "indices run from 32 to 32, out of range"),
     "index below 0": ({"indices_bottom": np.full((3, 4, 4), -1)}, "indices run from -1 to -1, out of range"),
+    "float indices": ({"indices_top": np.full((3, 2, 2), 0.7)}, "indices are float64, but must be integers"),
+    "boolean indices": ({"indices_top": np.ones((3, 2, 2), bool)}, "indices are bool, but must be integers"),
+    "complex indices": ({"indices_top": np.ones((3, 2, 2), complex)}, "indices are complex128, but must be integers"),
+    "codebook size": ({"codebook_size": 64}, "codebook_size is 64, but the model has 32"),
     "grid": ({"indices_top": np.zeros((3, 3, 3), int)}, "do not have the shape of 3 images"),
     "too few": ({"indices_top": np.zeros((2, 2, 2), int)}, "do not have the shape of 3 images"),
     "names alike": ({"names": np.array(["a", "a", "b"])}, "its names are no file names"),
     "names with folders": ({"names": np.array(["a", "../b", "c"])}, "its names are no file names"),
+    "names too long": ({"names": np.array(["a", "b" * 300, "c"])}, "a file name takes 304 bytes, more than 255"),
     "names of numbers": ({"names": np.arange(3)}, "names are no text"),
     "names nested": ({"names": np.array([["a", "b", "c"]])}, "names are no text"),
     "no images": (
@@ -307,6 +312,7 @@ CHANGES = {
         "holds no images",
     ),
     "no size": ({"image_size": np.array([0, 16])}, "holds no images"),
+    "size of floats": ({"image_size": np.array([16.9, 16.0])}, "is not a codes.npz of this project"),
     "size of three": ({"image_size": np.array([16, 16, 3])}, "is not a codes.npz of this project"),
     "pickled": ({"names": np.array([{}, "b", "c"], object)}, "is not a codes.npz of this project"),
 }
@@ -331,6 +337,14 @@ def test_wrong_codes_are_refused(capsys, colour_run, codes, tmp_path, change):
     )
     assert message in printed and not (tmp_path / "o").exists()
     assert everything(colour_run) == before and not list(tmp_path.glob("*.tmp"))
+
+
+def test_longest_written_names_are_read_back(colour_run, codes, tmp_path):
+    """And integers of any width."""
+    long = unique_names([script.Path("é" * 125)] * 3)
+    np.savez(tmp_path / "long.npz", **codes | {"names": long, "indices_top": codes["indices_top"].astype(">u8")})
+    run(colour_run, f"--codes={tmp_path / 'long.npz'}", f"--out={tmp_path / 'out'}")
+    assert sorted(path.stem for path in (tmp_path / "out" / "reconstructions").iterdir()) == sorted(long)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"text", b"PK\3\4 cut"])

@@ -219,6 +219,31 @@ def test_divergence_ends_the_run_before_it_saves(tmp_path, capsys, way):
     assert "nan" not in logged and "inf" not in logged
 
 
+def test_divergence_of_the_last_step_starts_anew(tmp_path, capsys):
+    """Its weights are finite, but what they compute is not."""
+    with pytest.raises(SystemExit) as ended:
+        train(tmp_path, "--steps=1", "--lr=1e25")
+    printed = capsys.readouterr().err
+    assert ended.value.code == 1 and printed.endswith("start anew with --fresh and a lower rate\n")
+    assert "values of z_e are NaN or infinite" in refusal(capsys, evaluate, f"--run={tmp_path}")
+
+
+def test_moved_run_writes_nothing_in_its_place(tmp_path, capsys, in_step):
+    folder, moved = tmp_path / "run", tmp_path / "moved"
+
+    def replace():
+        folder.rename(moved)
+        folder.mkdir()
+        (folder / ".lock.pid").write_text("1\n")  # another run has begun there
+
+    in_step(3, replace)
+    with pytest.raises(SystemExit) as ended:
+        train(folder, "--steps=4", "--save-every=2")
+    assert ended.value.code == 1 and "was moved, or another run took its place" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == [".lock.pid"]
+    assert load_checkpoint(moved)["progress"]["step"] == 2
+
+
 # Going on, or making way
 
 

@@ -57,7 +57,7 @@ def drawn(monkeypatch):
 
 def test_writes_a_row_per_class_and_files(generating_run, drawn, tmp_path):
     out = tmp_path / "single"
-    draw(generating_run, "--num=6", "--classes=7,3", "--seed=5", "--top-k=9", "--guidance=2", "--out", out)
+    draw(generating_run, "--num=6", "--classes=7\n3", "--seed=5", "--top-k=9", "--guidance=2", "--out", out)
     [(path, rows, _, names)] = drawn
     assert list(names) == ["7", "3"]
     expected = sample(*load_run(generating_run), num=6, classes=[7, 3], seed=5, top_k=9, guidance=2)
@@ -158,6 +158,8 @@ def test_prior_of_other_classes_is_refused(capsys, generating_run, classes):
     [
         ("--classes", "3,10", "there is no class 10; there are 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"),
         ("--classes", "3;7", "there is no class 3;7"),
+        ("--classes", "9" * 5000, "there is no class 999"),
+        ("--classes", "9" * 140_000, "cannot be split into names"),
         ("--temperature", "0", "must be above 0"),
         ("--temperature", "nan", "must be above 0"),
         ("--temperature", "hot", "invalid float value"),

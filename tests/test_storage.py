@@ -429,12 +429,20 @@ def test_full_disk_names_what_was_written(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("name", [".lock.pid", "checkpoint.pt", "prior.pt"])
+@pytest.mark.parametrize("name", ["checkpoint.pt", "prior.pt"])
 def test_folder_of_a_run_is_known_by_one_file(tmp_path, name):
-    """Also that of a run which has just begun."""
     assert not is_run_folder(tmp_path)
     (tmp_path / name).write_text("")
     assert is_run_folder(tmp_path)
+
+
+def test_lock_makes_a_run_while_its_process_lives(tmp_path):
+    """A run that was refused leaves its lock in what may be a folder of images."""
+    lock_folder(tmp_path).release()
+    assert is_run_folder(tmp_path)
+    with started([sys.executable, "-c", ""]) as process:
+        (tmp_path / ".lock.pid").write_text(f"{process.pid}\n")
+    assert not is_run_folder(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["metrics.csv", "checkpoint.pt", "prior.pt"])

@@ -230,7 +230,7 @@ def test_steps_are_those_of_the_formulas(trained_run):
     others = [p for name, p in prior.named_parameters() if not (name.startswith("blocks") and p.ndim == 2)]
     muon, adamw = Muon(matrices, torch.float32, weight_decay=10), torch.optim.AdamW(others, weight_decay=10)
     for step, share in ((0, 1.0), (1, 0.5)):  # linear
-        muon.param_groups[0]["lr"], adamw.param_groups[0]["lr"] = 5e-3 * share, 6e-3 * share
+        muon.param_groups[0]["lr"], adamw.param_groups[0]["lr"] = 1e-2 * share, 6e-3 * share
         adamw.param_groups[0]["betas"] = (0.9, 0.95)
         batch = rows[batch_indices(len(rows), 16, 1, step)]
         labels = torch.where(torch.rand(16) < 0.1, 10, batch[:, 0])
