@@ -170,9 +170,9 @@ class VectorQuantizer(nn.Module):
         return super()._apply(keep_dtype, recurse)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        for name in (f"{prefix}codebook", f"{prefix}ema_counts"):  # with assign=True they would get the file's dtype
-            if torch.is_tensor(state_dict.get(name)):
-                state_dict[name] = state_dict[name].float()
+        for name, value in state_dict.items():  # with assign=True the codebook would get the dtype of the file
+            if name.startswith(prefix) and torch.is_tensor(value) and value.is_floating_point():
+                state_dict[name] = value.float()
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.all_started = False
 

@@ -48,7 +48,7 @@ class MultiScaleQuantizer(VectorQuantizer):
     def __init__(self, scales: list[Size], codebook_size: int, code_dim: int, **options):
         super().__init__(codebook_size, code_dim, **options)
         self.scales, self.sizes = scales, [height * width for height, width in scales]
-        self.phi = nn.ModuleList(nn.Conv2d(code_dim, code_dim, 3, padding=1) for _ in scales[:-1])
+        self.phi = nn.ModuleList(nn.Conv2d(code_dim, code_dim, 3, padding=1, dtype=torch.float32) for _ in scales[:-1])
         for parameter in self.phi.parameters():
             nn.init.zeros_(parameter)
 

@@ -392,6 +392,17 @@ def test_refining_changes_the_finest_scale_alone(scales_run):
         assert [torch.equal(*pair) for pair in zip(*maps)] == [True, True, True, False]
 
 
+def test_state_stays_in_float32(request):
+    """Whatever the default is, and whatever the weights are that it is given."""
+    request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
+    torch.set_default_dtype(torch.float64)
+    quantizer = MultiScaleQuantizer([(1, 1), (2, 2)], 8, 4)
+    weights = {name: v.half() if v.is_floating_point() else v for name, v in quantizer.state_dict().items()}
+    quantizer.load_state_dict(weights, assign=True)
+    assert quantizer(torch.randn(5, 4, 2, 2)).z_q.dtype == torch.float64
+    assert {value.dtype for value in quantizer.state_dict().values() if value.is_floating_point()} == {torch.float32}
+
+
 def test_images_of_other_sizes_are_refused(scales_run, tmp_path, capsys):
     """And as codes, of which only the last scale could have grown."""
     save(tmp_path / "a.png", (32, 32), "L")
