@@ -501,11 +501,13 @@ class Run:
                 fail(message, code=1)
             with contextlib.suppress(ValueError, OSError):
                 saved = storage.load_checkpoint(self.folder, self.name)["progress"]["step"]
-                if isinstance(error, FloatingPointError) and saved == self.step:  # finite weights, infinite results
+                diverged = isinstance(error, FloatingPointError)
+                if diverged and saved == self.step:  # finite weights, infinite results
                     message += "; its checkpoint would diverge again: start anew with --fresh and a lower rate"
                 else:
-                    command = self._command_to_go_on(diverged=isinstance(error, FloatingPointError))
-                    message += f"; the checkpoint of step {saved} is whole, to go on: {command}"
+                    message += (
+                        f"; the checkpoint of step {saved} is whole, to go on: {self._command_to_go_on(diverged)}"
+                    )
             fail(message, code=1)
 
     def _reason(self, error: BaseException | None) -> tuple[str, str] | None:
