@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from harness.cli import command, make_parser, number, say, user_errors
-from harness.data import chunks, dataset_of, first_images, to_pixels
+from harness.data import chunks, dataset_of, first_images
 from harness.figures import code_colors, psnr
 from harness.folder import FORMATS, decode, pillow_warnings, reason_of
 from harness.machine import pick_device
@@ -33,18 +33,19 @@ from torchvision.transforms.functional import to_pil_image
 
 from model import VQVAE, load_model
 from prior import Prior
-from sample import COMPLETIONS, GUIDANCE, TEMPERATURE, TOP_P, draw_codes, load_run, render
+from reconstruct import encode, render
+from sample import COMPLETIONS, GUIDANCE, TEMPERATURE, TOP_P, draw_codes, matching_prior
 
 try:
     import gradio as gr
 except ImportError:
-    gr = None  # what the page computes works without it
+    gr = None  # everything but the page itself works without it
 
 ASSETS = Path(__file__).parent / "assets"
 RUNS = ("results", "pretrained/mnist")  # the first that holds a checkpoint is shown
 MAX_BYTES, MAX_PIXELS = 5 * 2**20, 2**24  # of an upload
-EXAMPLES, EXAMPLE_PIXELS = 1000, 2**22  # most images behind a palette, and most pixels of these
-PALETTE = 1024  # most codes in a palette: of a larger codebook those used most
+EXAMPLES, EXAMPLE_PIXELS = 1000, 2**22  # at most this many images, and this many pixels, per palette
+PALETTE = 1024  # at most this many codes in a palette: the most used ones
 SHOWN, DRAWN = 32, 20  # images to pick from, and new ones drawn at once
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 UNDO = 100  # changes that can be taken back
@@ -57,23 +58,23 @@ PICTURES = {
 
 
 class Page(NamedTuple):
-    """What all visitors share, and nobody changes."""
+    """State that all visitors share and that never changes."""
 
     model: VQVAE
     prior: Prior | None
     checkpoint: dict
     examples: Tensor  # (N, C, H, W) uint8
     colors: list[np.ndarray]  # (K, 3) of each level
-    palettes: list[tuple[list[int], Tensor]]  # of each level its codes, sorted, and what they draw
+    palettes: list[tuple[list[int], Tensor]]  # for each level: its codes, sorted, and their patches
     missing: dict[str, str]  # why there is no "prior", or no "test images"
 
 
 class Edit(NamedTuple):
-    """What one visitor works on."""
+    """The state of one visitor's editor."""
 
     image: Tensor | None  # None: the prior drew these codes
     levels: list[Tensor]
-    chosen: tuple[int, ...]  # of each level, the position whose code the next click on its palette replaces
+    chosen: tuple[int, ...]  # for each level: the position that the next click on its palette changes
     earlier: tuple[list[Tensor], ...] = ()  # the levels before each change
 
 
@@ -81,7 +82,7 @@ class Edit(NamedTuple):
 
 
 def load_page(run: str, data_dir: str | None = None, device: torch.device | str = "cpu") -> Page:
-    """Load a run, with its prior and its test images as far as they are there.
+    """Load a run, with its prior and its test images if it has them.
 
     Raises:
         ValueError: the run holds no VQ-VAE.
@@ -89,7 +90,7 @@ def load_page(run: str, data_dir: str | None = None, device: torch.device | str 
     checkpoint, missing, prior = load_checkpoint(run), {}, None
     model = load_model(checkpoint, device)
     try:
-        prior = load_run(run, device)[1]
+        prior = matching_prior(run, checkpoint, model)
     except ValueError as error:
         how = command("train_prior.py", "--run", Path(run), start="python")
         missing["prior"] = f"To draw new images, first train a prior: {how} ({error})."
@@ -112,8 +113,8 @@ def load_page(run: str, data_dir: str | None = None, device: torch.device | str 
 def make_palette(model: VQVAE, levels: list[Tensor], level: int) -> tuple[list[int], Tensor]:
     """Return a level's codes, sorted so that neighbours look alike, and what they draw: patches (n, C, S, S) uint8.
 
-    A patch is the mean over where the code stands in the images of some levels (N, h, w); of a code that is in none of
-    them, what it draws among its own kind.
+    A patch is the mean over all positions of the code in `levels` (N, h, w). A code that never occurs there is decoded
+    from a grid filled with that code.
     """
     grid, uses = tuple(levels[level].shape[1:]), model.levels[level % len(model.levels)].quantizer.ema_counts.cpu()
     whole = [model.strides[-1] * side for side in levels[-1].shape[1:]]  # of the images, with what pads them
@@ -123,15 +124,18 @@ def make_palette(model: VQVAE, levels: list[Tensor], level: int) -> tuple[list[i
     alone[level] = codes[:, None, None].expand(-1, *field)
     middle = (field[0] - 1) // 2 * field[1] + (field[1] - 1) // 2  # away from the edge
     means = patches_of(render(model, alone, size), field).unflatten(0, (len(codes), -1))[:, middle]
-    sums, counts = torch.zeros(len(uses), *means.shape[1:]), torch.zeros(len(uses))
+    place = torch.full((len(uses),), len(codes))  # of each code in the palette; a last place for all others
+    place[codes] = torch.arange(len(codes))
+    sums, counts = torch.zeros(len(codes) + 1, *means.shape[1:]), torch.zeros(len(codes) + 1)
     for part in chunks(len(levels[0]), model.image_size):
-        found = [of_level[part] for of_level in levels]
-        sums.index_add_(0, found[level].flatten(), patches_of(render(model, found, whole), grid))
-        counts += found[level].flatten().bincount(minlength=len(uses))
-    seen = counts[codes] > 0
-    means[seen] = sums[codes[seen]] / counts[codes[seen], None, None, None]
+        found = [indices[part] for indices in levels]
+        places = place[found[level].flatten()]
+        sums.index_add_(0, places, patches_of(render(model, found, whole), grid))
+        counts += places.bincount(minlength=len(counts))
+    seen = counts[:-1] > 0
+    means[seen] = sums[:-1][seen] / counts[:-1][seen, None, None, None]
 
-    # From each code to the most similar one that is left, starting at the brightest
+    # Sort greedily: start with the brightest code, then always take the most similar of the remaining ones
     flat = means.flatten(1)
     distances, order = torch.cdist(flat, flat), [int(flat.sum(1).argmax())]
     for _ in range(len(codes) - 1):
@@ -150,10 +154,10 @@ def patches_of(images: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def read_image(content: bytes, page: Page) -> Tensor:
-    """Return an image file as the model needs it, (C, H, W) uint8.
+    """Decode an image file to the model's input size and channels, (C, H, W) uint8.
 
     Raises:
-        ValueError: it is too large, or no image.
+        ValueError: it is too large, or not an image.
     """
     if len(content) > MAX_BYTES:
         raise ValueError(f"The file has {len(content) / 2**20:.1f} MB; choose one of at most {MAX_BYTES // 2**20} MB.")
@@ -162,7 +166,7 @@ def read_image(content: bytes, page: Page) -> Tensor:
             with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
                 pixels = math.prod(opened.size)
             if pixels > MAX_PIXELS:
-                raise ValueError(f"it has {pixels / 1e6:.0f} million pixels, and may have {MAX_PIXELS / 1e6:.0f}")
+                raise ValueError(f"it has {pixels / 1e6:.0f} million pixels; the limit is {MAX_PIXELS / 1e6:.0f}")
             model, background = page.model, page.checkpoint["args"]["background"]
             return decode(io.BytesIO(content), model.channels, model.image_size, background)
     except Exception as error:  # damaged files surface as almost any exception
@@ -172,14 +176,8 @@ def read_image(content: bytes, page: Page) -> Tensor:
 # Images and codes
 
 
-def encode(model: VQVAE, images: Tensor) -> list[Tensor]:
-    """Return the levels of images (N, C, H, W), on the CPU."""
-    parts = [model.encode(to_pixels(images[part], model.mean.device)) for part in chunks(len(images), model.image_size)]
-    return [torch.cat(level).cpu() for level in zip(*parts)]
-
-
 def draw(model: VQVAE, prior: Prior, count: int, label: int = -1, given: Tensor | None = None, **options) -> list:
-    """Draw the levels of `count` new images of a class, -1: of any, going on from the codes (t,) given."""
+    """Draw the levels of `count` new images of class `label` (-1: any class), continuing the codes `given` (t,)."""
     labels = torch.full((count,), prior.classes if label < 0 else label)
     given = None if given is None else given.expand(count, -1)
     return [level.cpu() for level in draw_codes(model, prior, labels, given=given, **options)]
@@ -212,10 +210,10 @@ def undo(edit: Edit) -> Edit:
 
 
 def size_in_bits(model: VQVAE, levels: list[Tensor]) -> str:
-    """Say what the codes (h, w) of an image take, beside its pixels."""
+    """Compare the size of an image's codes (h, w) with that of its pixels, in bits."""
     count, bits = sum(codes.numel() for codes in levels), math.log2(model.levels[0].quantizer.codebook_size)
     pixels = model.channels * math.prod(model.image_size) * 8
-    return f"{count} codes of {bits:.3g} bits: {count * bits:,.0f} bits, where the pixels take {pixels:,}."
+    return f"{count} codes of {bits:.3g} bits: {count * bits:,.0f} bits; the pixels take {pixels:,}."
 
 
 # What the page shows
@@ -256,7 +254,7 @@ def image_tiles(images: Tensor, names: Sequence[str], indices: Sequence[int]) ->
 
 
 def code_tiles(codes: Tensor, colors: np.ndarray, chosen: int | None = None, keep: int | None = None) -> str:
-    """Show codes (h, w) in their colours, with their numbers; those from the place `keep` on are left blank."""
+    """Show codes (h, w) in their colours, with their numbers; positions from `keep` on are left blank."""
     shown = []
     for i, code in enumerate(codes.flatten().tolist()):
         name = f"row {i // codes.shape[1] + 1}, column {i % codes.shape[1] + 1}: code {code}"
@@ -269,7 +267,7 @@ def code_tiles(codes: Tensor, colors: np.ndarray, chosen: int | None = None, kee
 
 
 def show_edit(page: Page, edit: Edit) -> list:
-    """Return what the editor shows: the edit, the image, each level's codes, the reconstruction, what it takes."""
+    """Return what the editor shows: the edit, the image, each level's codes, the reconstruction, its size in bits."""
     grids = []
     for i, (name, codes, chosen) in enumerate(zip(page.model.map_names, edit.levels, edit.chosen)):
         code, (row, column) = int(codes.flatten()[chosen]), divmod(chosen, codes.shape[1])
@@ -277,7 +275,7 @@ def show_edit(page: Page, edit: Edit) -> list:
         mark = f'<style>#palette-{i} [data-index="{code}"] {{ outline: var(--mark); z-index: 1 }}</style>'
         grids.append(figure(code_tiles(codes, page.colors[i], chosen), caption) + mark)
     made = render(page.model, [codes[None] for codes in edit.levels])[0]
-    image, caption = figure("", "No image: the prior drew these codes"), "What the decoder makes of them"
+    image, caption = figure("", "No image: the prior drew these codes"), "The image decoded from them"
     if edit.image is not None:
         image = figure(png(edit.image), "Image")
         caption = f"Reconstruction: {psnr(made / 255, edit.image / 255):.1f} dB PSNR"
@@ -285,7 +283,7 @@ def show_edit(page: Page, edit: Edit) -> list:
 
 
 def show_samples(model: VQVAE, levels: list[Tensor], depth: int) -> str:
-    """Return tiles of the images of levels (N, h, w), after the first `depth` of these."""
+    """Return tiles of the images decoded from the first `depth` levels (N, h, w)."""
     known = [codes if i < depth else None for i, codes in enumerate(levels)]
     indices = range(len(levels[0]))
     return image_tiles(render(model, known), [f"image {i + 1}: change its codes" for i in indices], indices)
@@ -302,16 +300,18 @@ def show_kept(page: Page, levels: list[Tensor], keep: int) -> list[str]:
 
 def show_training(run: str) -> str:
     """Return the pictures that training has left in a run's folder."""
-    found = {text: sorted(Path(run).glob(name)) for name, text in PICTURES.items()}
+    found = {
+        text: sorted(Path(run).glob(name), key=lambda path: (len(path.name), path)) for name, text in PICTURES.items()
+    }
     shown = "".join(figure(paths[-1].read_bytes(), text) for text, paths in found.items() if paths)
-    none = sentence("This folder keeps none of them; train.py leaves them in the folder of a run of your own.")
+    none = sentence("There are none in this folder; train.py writes them to the folder of your own run.")
     return f'<div class="training">{shown or none}</div>'
 
 
 def describe(page: Page, run: str) -> str:
     """Say what is shown, in the words of the README."""
     args, (height, width) = page.checkpoint["args"], page.model.image_size
-    grids = " and ".join("x".join(map(str, level.shape[1:])) for level in encode(page.model, page.examples[:1]))
+    grids = " and ".join("x".join(map(str, grid)) for grid in page.model.grids(page.model.image_size))
     return (
         f"This VQ-VAE was trained on {args['dataset']} (in {run}). It turns an image of {height}x{width} pixels into "
         f"{grids} codes out of {args['codebook_size']}, and those back into the image."
@@ -334,12 +334,12 @@ def build(page: Page, run: str):
                 if page.prior is not None:
                     draw_tab(page, editor, tabs)
             with gr.Tab("Complete", id="complete") as tab:
-                rest = f"The prior keeps the first codes of the image at hand, and draws the rest {COMPLETIONS} times."
+                rest = f"The prior keeps the first codes of the current image and draws the rest {COMPLETIONS} times."
                 text(sentence(page.missing.get("prior", rest)))
                 if page.prior is not None:
                     complete_tab(page, editor, tabs, tab)
             with gr.Tab("Training", id="training"):
-                text(sentence("What train.py and train_prior.py have drawn.") + show_training(run))
+                text(sentence("Pictures from train.py and train_prior.py.") + show_training(run))
     return app
 
 
@@ -404,7 +404,7 @@ def draw_tab(page: Page, editor: list, tabs):
         ]
     go = gr.Button("Draw", variant="primary", elem_id="go")
     count, name = len(model.map_names), "scales" if model.scales else "levels"
-    info = f"Shows the images after so many {name} of codes, those of the fewest codes first."
+    info = f"How many {name} of codes to decode, coarsest first."
     depth = slider(name.capitalize(), info, 1, max(2, count), count, 1, visible=count > 1)
     drawn, samples = gr.State(), tiles(elem_id="samples", elem_classes="large")
 
@@ -425,7 +425,7 @@ def complete_tab(page: Page, editor: list, tabs, tab):
     """Make the controls that complete the image in the editor."""
     edit, total = editor[0], page.prior.length
     with gr.Row():
-        info = f"How many codes stay, {'whole scales' if page.model.scales else 'row by row'}; the rest is drawn."
+        info = f"How many codes to keep, {'in whole scales' if page.model.scales else 'row by row'}; the rest is drawn."
         keep, seed = slider("Codes to keep", info, 0, total, total // 2, 1), seed_box()
     finish = gr.Button("Complete", variant="primary", elem_id="finish")
     with gr.Row(elem_id="kept"):
@@ -448,7 +448,7 @@ def complete_tab(page: Page, editor: list, tabs, tab):
 
 
 def open_tiles(page: Page, tiles, drawn, editor: list, tabs):
-    """Have a click on a tile bring the codes behind it into the editor."""
+    """When a tile is clicked, open its codes in the editor."""
 
     def show(event, levels):
         edit = start_edit([codes[event.index] for codes in levels])
@@ -491,11 +491,11 @@ def listen(event, function, inputs, outputs, progress="hidden"):
             message = str(error)
         except Exception:
             traceback.print_exc()
-            message = "This did not work, and the fault is ours; the terminal that runs demo.py says more."
+            message = "This failed because of a bug in demo.py; the terminal that runs it shows the details."
         gr.Warning(html.escape(message), title="Not done")
         return [gr.skip()] * len(outputs) if len(outputs) > 1 else gr.skip()
 
-    # One after another, or a click on the palette could miss the choice just before it.
+    # One event at a time: else a palette click could be handled before the click that chose its position.
     order = {"concurrency_id": progress, "concurrency_limit": 1, "trigger_mode": "multiple"}
     event(call, [*inputs], [*outputs], show_progress=progress, api_visibility="private", **order)
 
@@ -509,12 +509,12 @@ def take(path: str) -> bytes:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("Serve a page on which to see the codes of a run of train.py, and to change them.")
+    parser = make_parser("Serve a page that shows the codes of a run of train.py and lets you change them.")
     runs = [run for run in RUNS if checkpoint_path(run).is_file()]
     parser.add_argument("--run", default=[*runs, RUNS[0]][0], help="folder of the run")
-    parser.add_argument("--data-dir", help="folder of the data set, if it is not where it was for training")
+    parser.add_argument("--data-dir", help="folder of the data set, if it has moved since training")
     parser.add_argument("--host", default="127.0.0.1", help="address to serve on; others may be open to a network")
-    parser.add_argument("--port", type=number(int, 0, 65536), help="port to serve on; by default a free one from 7860")
+    parser.add_argument("--port", type=number(int, 0, 65536), help="port to serve on; default: first free from 7860")
     return parser.parse_args(argv)
 
 
@@ -524,10 +524,10 @@ def main(args: argparse.Namespace):
             raise ValueError("the page needs gradio: pip install -r requirements-demo.txt")
         os.environ["GRADIO_TEMP_DIR"] = folder  # uploads, which are deleted with it
         if args.host not in LOOPBACK:
-            say(f"*** WARNING: whoever reaches {args.host} can use this page: there is no password", error=True)
+            say(f"*** WARNING: anyone who can reach {args.host} can use this page: it has no password", error=True)
         app = build(load_page(args.run, args.data_dir, pick_device()[0]), args.run)
         launch(app, args.host, args.port)
-        say(f"open {app.local_url} in a browser; Ctrl-C ends it")
+        say(f"open {app.local_url} in a browser; press Ctrl-C to stop")
         app.block_thread()
 
 

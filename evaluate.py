@@ -22,7 +22,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
-from model import VQVAE, load_model, named
+from model import VQVAE, level_key, load_model
 from quantizer import perplexity
 from reconstruct import write_reconstructions
 
@@ -45,16 +45,21 @@ def evaluate(model: VQVAE, images: Images) -> tuple[dict[str, float], list[Tenso
         x_recon = out.x_recon.clamp(0, 1)
         mse = (x_recon - x).square().mean((1, 2, 3))
         errors.append(torch.stack([mse, -10 * mse.clamp(min=1e-12).log10(), ssim(x_recon, x)]).cpu().double())
-        for i, (level, quantized) in enumerate(zip(model.levels, out.levels)):
+        for i, (level, quantized) in enumerate(zip(model.levels, out.quantized)):
             counts[i] = counts[i] + level.quantizer.count(quantized.indices).cpu()
     model.train(was_training)
     measured = dict(zip(("test_mse", "test_psnr", "test_ssim"), torch.cat(errors, 1).mean(1).tolist()))
     for name, uses in zip(model.level_names, counts):
-        measured |= {
-            named("perplexity", name): perplexity(uses).item(),
-            named("codes_used", name): int((uses > 0).sum()),
-        }
+        measured |= usage(uses, name)
     return measured, counts
+
+
+def usage(counts: Tensor, level: str) -> dict[str, float]:
+    """Return how many codes of a level were used, and their perplexity, by the counts of their uses (K,)."""
+    return {
+        level_key("codes_used", level): int((counts > 0).sum()),
+        level_key("perplexity", level): perplexity(counts).item(),
+    }
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
@@ -94,7 +99,7 @@ def evaluate_jpeg(model: VQVAE, images: Images) -> dict[str, float]:
         raise ValueError("--jpeg needs scikit-image; install requirements-dev.txt") from None
     height, width = images.shape[-2:]
     if min(height, width) < 11:
-        raise ValueError(f"--jpeg needs images of 11x11 pixels or more, and these have {width}x{height}; leave it out")
+        raise ValueError(f"--jpeg needs images of at least 11x11 pixels, but these have {width}x{height}; leave it out")
     psnr, ssim, device = [], [], model.mean.device
     order = chunks(len(images), images.shape[-2:])
     for batch in tqdm(batches(images, order, device), "through JPEG", len(order), disable=None):
@@ -116,7 +121,7 @@ def through_jpeg(image: Tensor) -> np.ndarray:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser("Measure a trained VQ-VAE on the test images; write evaluation.json beside its checkpoint.")
     parser.add_argument("--run", default="results", help="folder of the run")
-    parser.add_argument("--data-dir", help="folder of the data set, if it is not where it was for training")
+    parser.add_argument("--data-dir", help="folder of the data set, if it has moved since training")
     parser.add_argument("--jpeg", action="store_true", help="also measure through JPEG files, as CVQ-VAE's code does")
     parser.add_argument("--out", metavar="DIR", help="new folder for originals/, reconstructions/ and codes.npz")
     return parser.parse_args(argv)
@@ -126,8 +131,8 @@ def main(args: argparse.Namespace):
     with user_errors():
         checkpoint, folder = load_checkpoint(args.run), writable_folder(args.run)
         model = load_model(checkpoint, pick_device()[0])
-        data = dataset_of(checkpoint, folder, args.data_dir)
         with lock_folder(folder), new_folder(args.out) as out:
+            data = dataset_of(checkpoint, folder, args.data_dir)
             through_files = evaluate_jpeg(model, data.test_images) if args.jpeg else {}
             measured = evaluate(model, data.test_images)[0] | through_files
             if out:

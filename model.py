@@ -22,12 +22,10 @@ from torch import Tensor, nn
 from quantizer import Quantized, VectorQuantizer
 from scales import MultiScaleQuantizer, parse_scales
 
-LEVEL_NAMES = {1: ("",), 2: ("top", "bottom")}  # for each number of levels
-
 
 class Reconstruction(NamedTuple):
     x_recon: Tensor
-    levels: list[Quantized]  # top first
+    quantized: list[Quantized]  # of each level, top first
 
 
 class ResidualBlock(nn.Sequential):
@@ -133,24 +131,25 @@ class VQVAE(nn.Module):
     ):
         super().__init__()
         if downsample < 2 or downsample.bit_count() > 1:
-            raise ValueError(f"downsample is {downsample}, but must be a power of two from 2 on")
-        self.channels, self.image_size, self.level_names = channels, tuple(image_size), LEVEL_NAMES[levels]
+            raise ValueError(f"downsample is {downsample}, but must be a power of two, at least 2")
+        self.channels, self.image_size = channels, tuple(image_size)
+        self.level_names = ("top", "bottom") if levels > 1 else ("",)  # in the names of metrics
         self.strides = [downsample * 2**i for i in reversed(range(levels))]  # pixels per code, top first
         if scales is not None and levels > 1:
-            raise ValueError("--levels 2 and --scales exclude each other; leave out one of them")
+            raise ValueError("--levels 2 and --scales cannot be combined; leave out one of them")
         self.scales = parse_scales(scales, [length // downsample for length in self._padded(image_size)])
-        self.map_names = [f"scale{i + 1}" for i in range(len(self.scales))] or self.level_names
+        self.map_names = [f"scale{i + 1}" for i in range(len(self.scales))] or self.level_names  # of maps of codes
         kind = functools.partial(MultiScaleQuantizer, self.scales) if self.scales else VectorQuantizer
         self.register_buffer("mean", torch.as_tensor(mean).expand(channels).reshape(-1, 1, 1).clone())
         self.register_buffer("std", torch.as_tensor(std).expand(channels).reshape(-1, 1, 1).clone())
         self.levels = nn.ModuleList()
-        for i in reversed(range(levels)):
-            above = code_dim if i < levels - 1 else 0  # output channels of the level above
-            below, stride = (width, 2) if i else (channels, downsample)
-            encoder = Encoder(below, width, blocks, stride)
-            to_code = nn.Sequential(nn.SiLU(), nn.Conv2d(width + above, code_dim, 1))
+        for i in reversed(range(levels)):  # top first; 0 is the bottom
+            channels_above = code_dim if i < levels - 1 else 0  # of the decoder of the level above
+            channels_below, stride = (width, 2) if i else (channels, downsample)
+            encoder = Encoder(channels_below, width, blocks, stride)
+            to_code = nn.Sequential(nn.SiLU(), nn.Conv2d(width + channels_above, code_dim, 1))
             quantizer = kind(codebook_size, code_dim, **quantizer_options)
-            decoder = Decoder(code_dim + above, code_dim if i else channels, width, blocks, stride)
+            decoder = Decoder(code_dim + channels_above, code_dim if i else channels, width, blocks, stride)
             self.levels.append(Level(encoder, to_code, quantizer, decoder))
 
     def forward(self, x: Tensor) -> Reconstruction:
@@ -164,20 +163,16 @@ class VQVAE(nn.Module):
     @property
     def starting(self) -> bool:
         """Whether a codebook is still being initialised, which reads values on the host: do not compile yet."""
-        return not all(level.quantizer.all_started for level in self.levels)
+        return not all(level.quantizer.all_initialised for level in self.levels)
 
     def z_e(self, x: Tensor) -> list[Tensor]:
         """Return each level's encoder output before quantization, (B, D, h, w); changes no codebook."""
-        z_e, z_q = [], []
-        for level, features in zip(self.levels, self._features(x)):
-            z_e.append(level.to_code(concat(features, self._decode(z_q))))
-            z_q.append(level.quantizer.lookup(level.quantizer.encode(z_e[-1])))
-        return z_e
+        return self._encode(x)[0]
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> list[Tensor]:
         """Return the codes of images: the indices (B, h, w) of each level, or of each scale."""
-        indices = [level.quantizer.encode(z_e) for level, z_e in zip(self.levels, self.z_e(x))]
+        indices = self._encode(x)[1]
         return indices[0] if self.scales else indices
 
     def decode(self, indices: list[Tensor | None], size: tuple[int, int] | None = None) -> Tensor:
@@ -205,8 +200,16 @@ class VQVAE(nn.Module):
         return [*self.scales[:-1], *grids]
 
     def codebooks(self) -> list[Tensor]:
-        """Return the codebook (K, D) of each level or scale; scales share one."""
+        """Return the codebook (K, D) of each level, or of each scale: the same one."""
         return [level.quantizer.codebook.detach() for level in self.levels] * (len(self.scales) or 1)
+
+    def _encode(self, x):  # z_e and indices of each level; the lower level needs the decoded codes of the upper one
+        z_e, indices = [], []
+        for level, features in zip(self.levels, self._features(x)):
+            z_q = [upper.quantizer.lookup(chosen) for upper, chosen in zip(self.levels, indices)]
+            z_e.append(level.to_code(concat(features, self._decode(z_q))))
+            indices.append(level.quantizer.encode(z_e[-1]))
+        return z_e, indices
 
     def _features(self, x):  # of each level, top first
         if x.ndim != 4 or x.shape[1] != self.channels:
@@ -238,7 +241,7 @@ def concat(x: Tensor, above: Tensor | None) -> Tensor:
     return x if above is None else torch.cat([x, above], 1)
 
 
-def named(kind: str, level: str) -> str:
+def level_key(kind: str, level: str) -> str:
     """Return the name of a level's metric: "codes_used", or with two levels "codes_used_top"."""
     return f"{kind}_{level}" if level else kind
 

@@ -19,7 +19,7 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         params: matrices, or convolution weights (out, in, height, width), treated as matrices of `out` rows.
-        dtype: of the orthogonalisation. The weights and their momentum keep their own.
+        dtype: used for the orthogonalisation. The weights and their momentum keep their own dtype.
     """
 
     def __init__(self, params, dtype: torch.dtype, lr: float = 1e-2, weight_decay: float = 0.1, momentum: float = 0.95):

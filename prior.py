@@ -43,7 +43,7 @@ class Block(nn.Module):
         x = x + self._drop(self.from_heads(attended.transpose(1, 2).flatten(2)))
         return x + self._drop(self.mlp(self.norm2(x)))
 
-    def _drop(self, x):  # the same channels at all positions: a mask for each would cost a fifth of the time on a CPU
+    def _drop(self, x):  # one mask for all positions: on a CPU, one per position would take a fifth of the time
         return x * F.dropout(x.new_ones(len(x), 1, x.shape[2]), self.dropout) if self.training and self.dropout else x
 
 
@@ -89,7 +89,7 @@ class Prior(nn.Module):
         self.register_buffer("level_at", torch.tensor(level_at), persistent=False)  # (T,)
 
     @torch.no_grad()
-    def start_from_codebooks(self, codebooks: list[Tensor]):
+    def init_from_codebooks(self, codebooks: list[Tensor]):
         """Initialise the code embeddings and output heads from a random projection of the codebooks.
 
         Codes that are near one another then have similar embeddings from the first step on.
@@ -104,12 +104,12 @@ class Prior(nn.Module):
             head.weight.copy_(codes @ projection)
             if isinstance(self.code, nn.Embedding):
                 self.code.weight[level * self.codebook_size :][: self.codebook_size] = head.weight
-            else:  # it embeds sums of codes: the last projection, that of the finest scale, stays
+            else:  # embeds sums of codes; the projection of the finest scale overwrites the others
                 self.code.weight.copy_(projection.T)
 
     def forward(self, codes: Tensor, labels: Tensor) -> Tensor:
         """Return the logits (B, T, K) of codes (B, T), each from the label and the codes drawn before it."""
-        x = self._inputs(codes[:, : -self.steps[-1]], labels) + self._places()
+        x = self._inputs(codes[:, : -self.steps[-1]], labels) + self._position_embeddings()
         for block in self.blocks:
             x = block(x, mask=self.mask)
         parts = self.norm(x).split(self.sizes, 1)
@@ -130,7 +130,7 @@ class Prior(nn.Module):
         """
         at = codes.shape[1]
         x = self._inputs(codes, labels, at)
-        x = x + self._places()[at:][: x.shape[1]]
+        x = x + self._position_embeddings()[at:][: x.shape[1]]
         for block, cache in zip(self.blocks, caches):
             x = block(x, cache, at)
         level = sum(at >= size for size in itertools.accumulate(self.sizes))
@@ -140,12 +140,12 @@ class Prior(nn.Module):
         """Return `count` codes rounded down to whole steps: single codes, or whole scales."""
         return max(end for end in itertools.accumulate(self.steps, initial=0) if end <= count)
 
-    def _inputs(self, codes, labels, at=0):  # for the positions from `at` on that codes (B, t) suffice for
+    def _inputs(self, codes, labels, at=0):  # embed the positions from `at` on whose preceding codes are given
         first = max(0, at - 1)
         x = self.code(codes[:, first:] + self.codebook_size * self.level_at[first : codes.shape[1]])
         return x if at else torch.cat([self.label(labels)[:, None], x], 1)
 
-    def _places(self):  # (T, width)
+    def _position_embeddings(self):  # (T, width)
         return self.level(self.level_at) + self.position.weight
 
 
@@ -212,15 +212,15 @@ def generate(
         chosen = given[:, codes.shape[1] :][:, :size]
         if chosen.shape[1] < size:
             logits = logits - logits.amax(-1, keepdim=True)  # so that a tiny temperature gives no NaN
-            share = restrict(logits.flatten(0, 1) / max(temperature, 1e-30), top_k, top_p).softmax(-1)
+            share = filter_logits(logits.flatten(0, 1) / max(temperature, 1e-30), top_k, top_p).softmax(-1)
             drawn = torch.multinomial(share, 1, generator=generator).view(batch, size)
             chosen = torch.cat([chosen, drawn[:, chosen.shape[1] :]], 1)
         codes = torch.cat([codes, chosen], 1)
     return codes
 
 
-def restrict(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Set to -inf the logits (B, K) of all but the `top_k` likeliest codes, and of the tail beyond `top_p`."""
+def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Keep the logits (B, K) of the `top_k` likeliest codes within the nucleus `top_p`; set the others to -inf."""
     if 0 < top_k < logits.shape[1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     if top_p < 1:

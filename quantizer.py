@@ -4,7 +4,7 @@ This file needs torch alone; copy it into your own project.
 
 Shapes: B batch, D code_dim, K codebook_size, N vectors (B times the spatial positions)
     z_e, z_q  (B, D, *spatial)      encoder output, and the codes that replace it
-    indices   (B, *spatial) int64   which code stands where
+    indices   (B, *spatial) int64   the code at each position
     codebook  (K, D) float32
     counts    (K,)                  how often each code was used
 
@@ -37,7 +37,7 @@ class Quantized(NamedTuple):
 class VectorQuantizer(nn.Module):
     """Replace each vector of z_e by its nearest code (arXiv 1711.00937, section 3).
 
-        indices         k* = argmin_k ||z_e - e_k||^2         in float32 under autocast too; the lowest k of a tie
+        indices         k* = argmin_k ||z_e - e_k||^2         always in float32; ties go to the lowest k
         z_q             e_k*, with the gradient of z_e        straight-through estimator
         codebook_loss   mean (sg[z_e] - e_k*)^2               moves the codes
         commitment_loss mean (z_e - sg[e_k*])^2               moves the encoder
@@ -57,8 +57,8 @@ class VectorQuantizer(nn.Module):
         code_dim: D, the size of a code and the channels of z_e.
         ema: learn the codes by moving averages.
         decay: EMA decay of each code's count, and with `ema` of the codes.
-        kmeans_start: k-means initialisation on the first training batch. If that has fewer than K distinct vectors,
-            they become the first codes, and later batches give the rest. If False, codes are uniform in [-1/K, 1/K].
+        kmeans_start: k-means initialisation on the first training batch. If it has fewer than K distinct vectors,
+            they become the first codes, and later batches supply the rest. False: codes are uniform in [-1/K, 1/K].
         revive_below: dead-code revival: a code moves onto a random vector of the batch if the batch does not use it
             and its average count is below this share of the mean count. 0 switches revival off.
     """
@@ -88,7 +88,7 @@ class VectorQuantizer(nn.Module):
             self.codebook = nn.Parameter(codebook)
         self.register_buffer("ema_counts", torch.ones(codebook_size, dtype=torch.float32))
         self.register_buffer("started", torch.tensor(0 if kmeans_start else codebook_size))  # codes initialised
-        self.all_started = not kmeans_start  # if False, read `started`, which makes the host wait for a GPU
+        self.all_initialised = not kmeans_start  # known on the host: reading `started` would wait for a GPU
         self.register_buffer("revived", torch.zeros(codebook_size, dtype=torch.bool), persistent=False)
 
     def forward(self, z_e: Tensor) -> Quantized:
@@ -99,24 +99,25 @@ class VectorQuantizer(nn.Module):
             FloatingPointError: z_e holds NaN or infinite values; the codebook is unchanged. On a GPU or if compiled,
                 losses and codes become NaN instead, since raising would have to wait for the device.
         """
-        vectors, z = self._flatten(z_e)
-        learning = self.training and (len(z) > 0 or world_size() > 1)
-        if learning and not self.all_started:
-            self._start(z.detach())
+        z = self._flatten(z_e)
+        learning = self.training and (len(z) > 0 or world_size() > 1)  # an empty rank still learns from the others
+        if learning and not self.all_initialised:
+            self._initialise(z.detach())
         indices = nearest_code(z.detach(), self.codebook.detach())
 
         codes = F.embedding(indices, self.codebook)
         codebook_loss = F.mse_loss(codes, z.detach(), reduction="sum") / max(z.numel(), 1)
         commitment_loss = F.mse_loss(z, codes.detach(), reduction="sum") / max(z.numel(), 1)
-        z_q = codes.detach().to(z_e.dtype) + (vectors - vectors.detach())  # exactly the codes, with z_e's gradient
+        z_q = self._unflatten(codes.detach(), z_e).to(z_e.dtype)
+        z_q = z_q + (z_e - z_e.detach())  # exactly the codes, with z_e's gradient
 
         if learning:
             self._update(z.detach(), indices)
-        return Quantized(self._unflatten(z_q, z_e), self._unflatten(indices, z_e), codebook_loss, commitment_loss)
+        return Quantized(z_q, self._unflatten(indices, z_e), codebook_loss, commitment_loss)
 
     def encode(self, z_e: Tensor) -> Tensor:
         """Return the indices (B, *spatial) of z_e's nearest codes; changes nothing, even in train mode."""
-        return self._unflatten(nearest_code(self._flatten(z_e.detach())[1], self.codebook.detach()), z_e)
+        return self._unflatten(nearest_code(self._flatten(z_e.detach()), self.codebook.detach()), z_e)
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Return the codes (B, D, *spatial) of indices (B, *spatial).
@@ -144,7 +145,7 @@ class VectorQuantizer(nn.Module):
                 moment.masked_fill_(self.revived[:, None], 0)
         self.revived.zero_()
 
-    def _flatten(self, z_e):  # (B, D, *spatial) -> (N, D), in its own dtype and in float32
+    def _flatten(self, z_e):  # (B, D, *spatial) -> (N, D) float32
         if z_e.ndim < 2 or z_e.shape[1] != self.code_dim:
             raise ValueError(
                 f"z_e has shape {tuple(z_e.shape)} but needs (B, {self.code_dim}, ...), since the codes are "
@@ -152,11 +153,10 @@ class VectorQuantizer(nn.Module):
             )
         if not z_e.is_floating_point():
             raise ValueError(f"z_e is {z_e.dtype} but must be floating point")
-        vectors = z_e.movedim(1, -1).reshape(-1, self.code_dim)
-        z = vectors.float()
+        z = z_e.movedim(1, -1).reshape(-1, self.code_dim).float()
         if can_read_values(z) and (bad := z.numel() - int(z.isfinite().sum())):
             raise FloatingPointError(f"{bad} of {z.numel()} values of z_e are NaN or infinite; lower the learning rate")
-        return vectors, z
+        return z
 
     def _unflatten(self, flat, z_e):  # (N, D) -> (B, D, *spatial), or (N,) -> (B, *spatial)
         flat = flat.view(z_e.shape[0], *z_e.shape[2:], *flat.shape[1:])
@@ -174,13 +174,13 @@ class VectorQuantizer(nn.Module):
             if name.startswith(prefix) and torch.is_tensor(value) and value.is_floating_point():
                 state_dict[name] = value.float()
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self.all_started = False
+        self.all_initialised = False
 
     @torch.no_grad()
-    def _start(self, z):
+    def _initialise(self, z):
         first = int(self.started)
-        self.all_started = first == self.codebook_size
-        if self.all_started:  # known from a loaded checkpoint
+        self.all_initialised = first == self.codebook_size
+        if self.all_initialised:  # known from a loaded checkpoint
             return
         z = gather_vectors(z)
         distinct = z.unique(dim=0)  # equal vectors, as in an image's empty margin, would give equal codes
@@ -189,8 +189,8 @@ class VectorQuantizer(nn.Module):
         self.codebook[first:last] = distinct[chosen]
         self.codebook[last:] = self.codebook[0]  # not chosen until initialised, since ties go to the lowest code
         self.started.fill_(last)
-        self.all_started = last == self.codebook_size
-        if self.all_started:
+        self.all_initialised = last == self.codebook_size
+        if self.all_initialised:
             for _ in range(KMEANS_ITERATIONS):
                 indices = nearest_code(z, self.codebook)
                 counts = self.count(indices)[:, None]
@@ -208,7 +208,7 @@ class VectorQuantizer(nn.Module):
             sums = self._sums(z, indices)
             if world_size() > 1:
                 dist.all_reduce(sums)
-            rate = (1 - self.decay) / self.ema_counts.clamp(min=1e-30)
+            rate = (1 - self.decay) / self.ema_counts.clamp(min=1e-30)  # e + (1 - decay) / N (sum z_e - n e) = m / N
             self.codebook += rate[:, None] * (sums - counts[:, None] * self.codebook)
         if self.revive_below:
             self._revive(z, counts)
@@ -217,10 +217,10 @@ class VectorQuantizer(nn.Module):
         mean_count = self.ema_counts.mean()
         dead = (self.ema_counts < self.revive_below * mean_count) & (counts == 0)
         if (can_read_values(z) or world_size() > 1) and not (dead.any() and counts.any()):
-            return
+            return  # nothing to revive; on a single GPU, asking would wait for it
         z = gather_vectors(z)
 
-        # Equal vectors have equal projections; only the first of equal ones may become a code.
+        # Equal vectors have equal projections; only the first of equal ones may become a code. `unique` would wait.
         projections, order = (z * torch.arange(1, self.code_dim + 1, device=z.device).sqrt()).sum(1).sort()
         distinct = F.pad(projections.diff() != 0, (1, 0), value=True)
         priority = torch.rand(len(z), device=z.device)
@@ -228,11 +228,12 @@ class VectorQuantizer(nn.Module):
             dist.broadcast(priority, src=0)
         order = order[priority.where(distinct, 2.0).argsort()]
 
-        rank = dead.cumsum(0) - 1  # position of each dead code among the dead ones
-        moved = dead & (rank < distinct.sum())
-        vectors = z[order[rank.clamp(0, len(z) - 1)]]
+        position = dead.cumsum(0) - 1  # of each dead code among the dead ones
+        moved = dead & (position < distinct.sum())
+        vectors = z[order[position.clamp(0, len(z) - 1)]]
         self.codebook.copy_(vectors.where(moved[:, None], self.codebook))
-        self.ema_counts.copy_(mean_count.where(moved, self.ema_counts))  # time to be chosen; with `ema`, also inertia
+        # The mean count gives a revived code time before it is dead again; with `ema`, it also slows its updates.
+        self.ema_counts.copy_(mean_count.where(moved, self.ema_counts))
         self.revived |= moved
 
     def _sums(self, z, indices):  # sum of the vectors that chose each code, (K, D)
@@ -244,10 +245,11 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
 
     ||z_n||^2 is the same for all k, which leaves argmin_k 1/2 ||e_k||^2 - z_n . e_k: one matrix product, in chunks of
     N so that memory does not grow with N x K. The rounding error is that of float32 at ||e_k|| (||e_k|| + ||z_n||),
-    measured from the middle of the codebook; if two distances differ by less, either code may be returned. On a GPU
-    this requires that float32 matrix products do not use TF32, which is the default.
+    measured from the middle of the codebook; if two distances differ by less, either code may be returned. On a GPU,
+    this holds only if float32 matrix products do not use TF32; by default, PyTorch does not.
     """
-    scale, middle, codebook, half_square = center_codebook(codebook)
+    z, codebook = center(z, codebook)
+    half_square = codebook.square().sum(1) / 2
     # Matrix products round differently in an incomplete last block; with padding, equal codes get equal distances.
     padding = -len(codebook) % LOOKUP_BLOCK
     half_square, codebook = F.pad(half_square, (0, padding), value=torch.inf), F.pad(codebook, (0, 0, 0, padding))
@@ -258,7 +260,7 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
     row = torch.arange(rows, device=z.device)
     for chunk, chosen in zip(z.split(rows), indices.split(rows)):
         n = len(chunk)
-        torch.addmm(half_square, center_vectors(chunk, scale, middle), codebook.T, alpha=-1, out=distances[:n])
+        torch.addmm(half_square, chunk, codebook.T, alpha=-1, out=distances[:n])  # out: autocast leaves it in float32
         # First find the block with the least distance, then the code in it: argmin over a whole row is far slower.
         blocks = distances[:n].unflatten(1, (-1, LOOKUP_BLOCK))
         block = blocks.amin(2).argmin(1)
@@ -266,23 +268,18 @@ def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
     return indices
 
 
-def center_codebook(codebook: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return scale, middle (D,), the codes `scale * e_k - middle` (K, D), and half of their squared norms (K,)."""
+def center(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and move vectors (N, D) and codes (K, D) alike, so that float32 can tell the codes apart."""
     # Scale by a power of two, which is exact, so that float32 can hold the squares of the codes.
     scale = 1 / power_of_two_above(codebook.abs().amax())
     codebook = codebook * scale
     # Far from the origin, ||e_k||^2 would drown the differences between codes, so move the origin to their middle.
-    # Round it to multiples of a power of two above their spread: else the shift would round, and exact ties get lost.
+    # Round it to a multiple of a power of two above their spread, so that the shift is exact and keeps exact ties.
     middle = codebook.mean(0)
     step = power_of_two_above((codebook - middle).abs().amax())
     middle = (middle / step).round() * step
-    codebook = codebook - middle
-    return scale, middle, codebook, codebook.square().sum(1) / 2
-
-
-def center_vectors(z: Tensor, scale: Tensor, middle: Tensor) -> Tensor:
-    """Return `scale * z - middle` (N, D), clamped far beyond all codes, so that products stay finite."""
-    return torch.addcmul(-middle, z, scale).clamp_(-(2.0**100), 2.0**100)
+    # Clamp far beyond all codes, so that products stay finite.
+    return torch.addcmul(-middle, z, scale).clamp_(-(2.0**100), 2.0**100), codebook - middle
 
 
 def power_of_two_above(value: Tensor) -> Tensor:
@@ -291,7 +288,7 @@ def power_of_two_above(value: Tensor) -> Tensor:
 
 
 def can_read_values(values: Tensor) -> bool:
-    """Return whether Python may read values: on a GPU it would have to wait, and when compiling it breaks the graph."""
+    """Return whether Python may read values: on a GPU, reading waits for it; when compiling, it breaks the graph."""
     return values.is_cpu and not torch.compiler.is_compiling()
 
 

@@ -1,11 +1,12 @@
-"""Put images through a trained VQ-VAE: images -> codes -> images, `python reconstruct.py --run results a.png b.png`."""
+"""Reconstruct images with a VQ-VAE: images -> codes -> images, `python reconstruct.py --run results a.png b.png`."""
 
 import argparse
 import math
 import operator
 import re
+import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -23,30 +24,30 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
-from model import VQVAE, load_model, named
+from model import VQVAE, level_key, load_model
 
 SHOWN = 10  # images in reconstructed.png; --out writes all
-FROM_TEST_SET = 8  # test images, if no files are named
+TEST_IMAGES = 8  # test images, if no files are named
 LONGEST_FILE_NAME = 255  # bytes: the limit of most file systems
 LONGEST_NAME = 240  # bytes: leaves room for a number and .png
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("Reconstruct images from their codes, by a run of train.py.")
-    parser.add_argument("files", nargs="*", metavar="FILE", help="images or folders; by default of the test set")
+    parser = make_parser("Encode images with a run of train.py, and reconstruct them from their codes.")
+    parser.add_argument("files", nargs="*", metavar="FILE", help="images or folders; default: some test images")
     parser.add_argument("--run", default="results", help="folder of the run")
-    parser.add_argument("--data-dir", help="folder of the data set, if it is not where it was for training")
+    parser.add_argument("--data-dir", help="folder of the data set, if it has moved since training")
     parser.add_argument(
-        "--full-size", action="store_true", help="encode images at their own size, not resized to that of the training"
+        "--full-size", action="store_true", help="encode images at their own size; do not resize to the training size"
     )
     parser.add_argument(
-        "--refine", type=number(int, 2, 2**31), metavar="N", help="search for better codes, of N candidates at a place"
+        "--refine", type=number(int, 2, 2**31), metavar="N", help="search for better codes: try N at each position"
     )
     parser.add_argument("--codes", metavar="NPZ", help="decode the codes.npz of an earlier --out, in place of images")
     parser.add_argument("--out", metavar="DIR", help="new folder for originals/, reconstructions/ and codes.npz")
     args = parser.parse_args(argv)
     if args.codes and (args.files or args.full_size or args.refine):
-        parser.error("--codes takes the place of images; leave out the files, --full-size and --refine")
+        parser.error("--codes replaces the images; leave out the files, --full-size and --refine")
     if args.codes and not args.out:
         parser.error("--codes needs --out, the folder to write the images to")
     return args
@@ -57,10 +58,11 @@ def main(args: argparse.Namespace):
         checkpoint = load_checkpoint(args.run)
         model = load_model(checkpoint, pick_device()[0])
         if args.codes:
-            names, indices, size = read_codes(Path(args.codes), model, checkpoint)
-            recon = decode(model, indices, size)
+            names, levels, size = read_codes(Path(args.codes), model, checkpoint)
             with new_folder(args.out) as out:
-                write_images(out / "reconstructions", names, recon)
+                for chunk in chunks(len(names), size):
+                    made = render(model, [level[chunk] for level in levels], size)
+                    write_images(out / "reconstructions", [names[i] for i in chunk], made)
         else:
             with lock_folder(writable_folder(args.run)), new_folder(args.out) as out:
                 names, images = load_images(args, checkpoint, model)
@@ -69,27 +71,33 @@ def main(args: argparse.Namespace):
                     write_reconstructions(out, model, torch.stack(images), checkpoint, names, args.refine)
                 path = free_name(Path(args.run, "reconstructed.png"))
                 title = f"{printable(checkpoint['args']['dataset'])}, step {checkpoint['progress']['step']:,}"
-                figures.save_codes(path, model, names[:SHOWN], images[:SHOWN], indices, recon, title)
-            say(f"wrote {path}" + (f", with the first {SHOWN} of {len(images)} images" if len(images) > SHOWN else ""))
+                drawn = figures.save_codes(path, model, names[:SHOWN], images[:SHOWN], indices, recon, title)
     if args.out:
         say(f"wrote {len(names):,} images to {args.out}")
+    if not args.codes:
+        if not drawn:
+            sys.exit(1)
+        say(f"wrote {path}" + (f", with the first {SHOWN} of {len(names)} images" if len(names) > SHOWN else ""))
 
 
 def load_images(args: argparse.Namespace, checkpoint: dict, model: VQVAE) -> tuple[list[str], list[Tensor]]:
-    """Return the names and the images (C, H, W) uint8, resized and cropped as in training unless --full-size."""
+    """Return the names and the images (C, H, W) uint8, resized and cropped as in training unless --full-size.
+
+    Without --out, only the images that the picture shows are read.
+    """
     if not args.files:
-        images = first_images(dataset_of(checkpoint, Path(args.run), args.data_dir).test_images, FROM_TEST_SET)
+        images = first_images(dataset_of(checkpoint, Path(args.run), args.data_dir).test_images, TEST_IMAGES)
         return [f"test {i}" for i in range(len(images))], list(images)
     paths = []
     for file in map(Path, args.files):
         paths += walk(file) if file.is_dir() else [file]
-    size = None if args.full_size else model.image_size
-    images, resized = read_images(paths, model.channels, size, checkpoint["args"]["background"])
+    size, read = None if args.full_size else model.image_size, paths if args.out else paths[:SHOWN]
+    images, resized = read_images(read, model.channels, size, checkpoint["args"]["background"])
     if args.full_size:
         maps = 3 * model.levels[-1].encoder[1].out_channels  # float32, at half the image's size: where most memory goes
         largest = max(image.shape[-2:].numel() for image in images)
         remedy = "leave out --full-size, or make it smaller"
-        check_room(maps * largest, f"the largest image, of {largest:,} pixels,", remedy)
+        check_room(maps * largest, f"the largest image, of {largest:,} pixels,", remedy, model.mean.device)
     if resized:
         height, width = model.image_size
         say(f"resized and cropped {resized} of {len(images)} images to {width}x{height}; --full-size leaves them whole")
@@ -104,7 +112,7 @@ def reconstruct(
 ) -> tuple[list[list[Tensor]], list[Tensor]]:
     """Return each image's indices, (h, w) of each level, and its reconstruction (C, H, W) in [0, 1], on the CPU.
 
-    With `candidates` the indices are those that `refine` finds.
+    With `candidates`, `refine` chooses the indices.
     """
     indices, recon = [], []
     for chunk in same_size_chunks(images):
@@ -118,14 +126,33 @@ def reconstruct(
 
 
 @torch.inference_mode()
+def encode(model: VQVAE, images: Tensor) -> list[Tensor]:
+    """Encode images (N, C, H, W) uint8 in chunks; return the indices (N, h, w) of each level or scale, on the CPU."""
+    order, device = chunks(len(images), images.shape[-2:]), model.mean.device
+    parts = [[level.cpu() for level in model.encode(to_pixels(images[chunk], device))] for chunk in order]
+    return [torch.cat(level) for level in zip(*parts)]
+
+
+@torch.inference_mode()
+def render(model: VQVAE, levels: list[Tensor | None], size: Sequence[int] | None = None) -> Tensor:
+    """Decode indices (N, h, w) in chunks; return images (N, C, H, W) uint8 on the CPU. See `VQVAE.decode`."""
+    count = next(len(level) for level in levels if level is not None)
+    images = []
+    for chunk in chunks(count, size or model.image_size, most=500):
+        indices = [None if level is None else level[chunk].to(model.mean.device) for level in levels]
+        images.append(to_uint8(model.decode(indices, size)).cpu())
+    return torch.cat(images)
+
+
+@torch.inference_mode()
 def refine(model: VQVAE, x: Tensor, indices: list[Tensor], candidates: int) -> list[Tensor]:
     """Search for codes that reconstruct the images x (B, C, H, W) with less error than the codes nearest to z_e.
 
-    At each place of the last level, try the codes nearest to the chosen one, and keep the code with the least squared
-    error. Places so far apart that no pixel depends on two of them are searched at once.
+    At each position of the last level, try the codes nearest to the chosen one, and keep the one with the smallest
+    squared error. Positions so far apart that no pixel depends on two of them are searched together.
 
     Args:
-        candidates: how many codes to try at each place, including the chosen one.
+        candidates: number of codes to try at each position, including the chosen one.
     """
     *above, codes = *indices[:-1], indices[-1].clone()
     codebook, stride, reach = model.levels[-1].quantizer.codebook, model.strides[-1], model.levels[-1].decoder.reach
@@ -150,16 +177,6 @@ def refine(model: VQVAE, x: Tensor, indices: list[Tensor], candidates: int) -> l
             best, least = torch.where(error < least, candidate, best), torch.minimum(error, least)
         at.copy_(best)
     return [*above, codes]
-
-
-@torch.inference_mode()
-def decode(model: VQVAE, indices: list[list[Tensor]], size: tuple[int, int]) -> list[Tensor]:
-    """Decode indices to images (C, H, W) in [0, 1], on the CPU."""
-    images = []
-    for chunk in chunks(len(indices), size):
-        levels = [torch.stack(level).to(model.mean.device) for level in zip(*(indices[i] for i in chunk))]
-        images += model.decode(levels, size).cpu()
-    return images
 
 
 def same_size_chunks(images: list[Tensor]) -> Iterator[list[int]]:
@@ -191,10 +208,10 @@ def write_reconstructions(
     order, indices = chunks(len(images), images.shape[-2:]), []
     stream = batches(images, order, torch.device("cpu"))
     for chunk, batch in zip(order, tqdm(stream, "writing", len(order), disable=None)):
-        of_chunk, recon = reconstruct(model, list(batch), candidates)
+        chunk_indices, recon = reconstruct(model, list(batch), candidates)
         write_images(folder / "originals", [names[i] for i in chunk], batch)
         write_images(folder / "reconstructions", [names[i] for i in chunk], recon)
-        indices += of_chunk
+        indices += chunk_indices
     write_codes(folder / "codes.npz", names, indices, images.shape[-2:], model, checkpoint)
 
 
@@ -207,8 +224,8 @@ def write_images(folder: Path, names: list[str], images: Iterable[Tensor]):
 
 
 def write_codes(path: Path, names: list[str], indices: list, size: tuple, model: VQVAE, checkpoint: dict):
-    """Write for numpy alone to read: the indices (N, h, w) of every level or scale, names, K, and bits per image."""
-    levels = dict(zip((named("indices", name) for name in model.map_names), map(torch.stack, zip(*indices))))
+    """Write, readable with only numpy: the indices (N, h, w) of every level or scale, names, K, and bits per image."""
+    levels = dict(zip((level_key("indices", name) for name in model.map_names), map(torch.stack, zip(*indices))))
     codebook_size = model.levels[0].quantizer.codebook_size
     bits = sum(level[0].numel() for level in levels.values()) * math.log2(codebook_size)
     arrays = {name: level.numpy().astype(np.int32) for name, level in levels.items()}
@@ -216,14 +233,14 @@ def write_codes(path: Path, names: list[str], indices: list, size: tuple, model:
     np.savez_compressed(path, **arrays, **facts, image_size=np.array(size), model=checkpoint["digest"])
 
 
-def read_codes(path: Path, model: VQVAE, checkpoint: dict) -> tuple[list[str], list[list[Tensor]], tuple[int, int]]:
-    """Return the names, the indices and the size of the images of a codes.npz.
+def read_codes(path: Path, model: VQVAE, checkpoint: dict) -> tuple[list[str], list[Tensor], tuple[int, int]]:
+    """Return the names of the images in a codes.npz, the indices (N, h, w) of each level or scale, and (H, W).
 
     Raises:
         ValueError: it is damaged, or from another model.
     """
     if not path.is_file():
-        raise ValueError(f"{printable(path)} is not there, or no file")
+        raise ValueError(f"{printable(path)} does not exist, or is not a file")
     codebook_size = model.levels[0].quantizer.codebook_size
     try:
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
@@ -231,15 +248,13 @@ def read_codes(path: Path, model: VQVAE, checkpoint: dict) -> tuple[list[str], l
             size, digest = (height, width), str(file["model"])
             file_codebook_size = str(file.get("codebook_size", codebook_size))
             maps = model.map_names if digest == checkpoint["digest"] else []  # another model may have other maps
-            levels = [file[named("indices", name)] for name in maps]
+            levels = [file[level_key("indices", name)] for name in maps]
     except Exception as error:  # damaged archives surface as almost any exception
-        raise ValueError(f"{printable(path)} is not a codes.npz of this project, or damaged") from error
+        raise ValueError(f"{printable(path)} is damaged, or is not a codes.npz of this project") from error
     if digest != checkpoint["digest"]:
-        raise ValueError(
-            f"{printable(path)} was written by another model than that of the run; its codes mean other images"
-        )
+        raise ValueError(f"{printable(path)} was written by another model; name the folder of that model with --run")
     if not (isinstance(names, list) and names and min(size) > 0 and all(isinstance(name, str) for name in names)):
-        raise ValueError(f"{printable(path)} holds no images, or their names are no text")
+        raise ValueError(f"{printable(path)} holds no images, or their names are not text")
     if [tuple(level.shape) for level in levels] != [(len(names), *grid) for grid in model.grids(size)]:
         raise ValueError(f"{printable(path)}: the indices do not have the shape of {len(names)} images of this model")
     if file_codebook_size != str(codebook_size):
@@ -250,10 +265,10 @@ def read_codes(path: Path, model: VQVAE, checkpoint: dict) -> tuple[list[str], l
         if not 0 <= level.min() <= level.max() < codebook_size:
             raise ValueError(f"{printable(path)}: indices run from {level.min()} to {level.max()}, out of range")
     if len(set(names)) < len(names) or any(name != safe_name(name) for name in names):
-        raise ValueError(f"{printable(path)}: its names are no file names")
+        raise ValueError(f"{printable(path)}: its names are not valid file names")
     if (longest := max(len(f"{name}.png".encode()) for name in names)) > LONGEST_FILE_NAME:
         raise ValueError(f"{printable(path)}: a file name takes {longest} bytes, more than {LONGEST_FILE_NAME}")
-    return names, list(zip(*(torch.from_numpy(level.astype(np.int64)) for level in levels))), size
+    return names, [torch.from_numpy(level.astype(np.int64)) for level in levels], size
 
 
 def free_name(path: Path) -> Path:

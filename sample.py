@@ -4,25 +4,24 @@ import argparse
 import csv
 import math
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from harness import figures
 from harness.cli import command, make_parser, number, say, user_errors
-from harness.data import chunks, to_pixels, to_uint8
+from harness.data import chunks
 from harness.folder import read_images
 from harness.machine import check_room, pick_device
 from harness.storage import PRIOR, load_checkpoint, lock_folder, new_folder, writable_folder
 
 import torch
 from torch import Tensor
-from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 from model import VQVAE, load_model
 from prior import Prior, generate, load_prior
+from reconstruct import encode, render, write_images
 
-PER_CLASS = 10
+IMAGES_PER_CLASS = 10
 COMPLETIONS = 8  # per image
 TEMPERATURE, TOP_P, GUIDANCE = 1.0, 0.97, 1.35
 
@@ -38,20 +37,26 @@ def load_run(run: str | Path, device: torch.device | str = "cpu") -> tuple[VQVAE
     Raises:
         ValueError: one of them is missing or damaged, or the prior belongs to another VQ-VAE.
     """
-    vqvae, trained = load_checkpoint(run), load_checkpoint(run, PRIOR)
+    vqvae = load_checkpoint(run)
+    model = load_model(vqvae, device)
+    return model, matching_prior(run, vqvae, model)
+
+
+def matching_prior(run: str | Path, vqvae: dict, model: VQVAE) -> Prior:
+    """Load the best prior of a run's folder, and check that it belongs to this VQ-VAE."""
+    trained = load_checkpoint(run, PRIOR)
     if trained["identity"]["vqvae"] != vqvae["digest"]:
         steps = trained["identity"]["vqvae_step"], vqvae["progress"]["step"]
         raise ValueError(
-            f"the prior in {run} belongs to another VQ-VAE, of step {steps[0]:,}, than the one there, of step "
-            f"{steps[1]:,}; train it anew: {command('train_prior.py', '--run', Path(run))}"
+            f"the prior in {run} belongs to another VQ-VAE (step {steps[0]:,}) than the one in this folder (step "
+            f"{steps[1]:,}); train it again: {command('train_prior.py', '--run', Path(run))}"
         )
-    model = load_model(vqvae, device)
     prior = load_prior(trained, model)
     names = vqvae["identity"]["class_names"]
     fits = prior.grids == model.grids(model.image_size) and prior.codebook_size == vqvae["args"]["codebook_size"]
     if not fits or (names and prior.classes != len(names)):
-        raise ValueError(f"the prior in {run} is one of other codes; train it anew")
-    return model, prior
+        raise ValueError(f"the prior in {run} does not fit the VQ-VAE's codes; train it again")
+    return prior
 
 
 def class_numbers(wanted: list[str], names: list[str] | None) -> list[int]:
@@ -89,9 +94,9 @@ def labels_of(prior: Prior, num: int | None = None, classes: list[int] | None = 
     """Return labels (num,), split as evenly as possible over these classes, one class after another."""
     wanted = list(range(max(1, prior.classes))) if classes is None else classes
     if classes is not None and not (wanted and 0 <= min(wanted) <= max(wanted) < prior.classes):
-        raise ValueError(f"--classes {wanted}: the prior was trained on {prior.classes} classes, from 0 on")
+        raise ValueError(f"--classes {wanted}: the prior has {prior.classes} classes, numbered from 0")
     if num is None:
-        num = PER_CLASS * (len(wanted) if prior.classes else PER_CLASS)
+        num = IMAGES_PER_CLASS * (len(wanted) if prior.classes else IMAGES_PER_CLASS)
     return torch.tensor(wanted)[torch.arange(num) * len(wanted) // num]
 
 
@@ -121,21 +126,11 @@ def draw_codes(
     return [level.unflatten(1, grid) for level, grid in zip(levels, prior.grids)]
 
 
-@torch.inference_mode()
-def render(model: VQVAE, levels: list[Tensor | None], size: Sequence[int] | None = None) -> Tensor:
-    """Decode indices (N, h, w) to images (N, C, H, W) uint8 on the CPU, in chunks; see `VQVAE.decode`."""
-    count = next(len(level) for level in levels if level is not None)
-    images = []
-    for part in chunks(count, model.image_size, most=500):
-        indices = [None if level is None else level[part].to(model.mean.device) for level in levels]
-        images.append(to_uint8(model.decode(indices, size)).cpu())
-    return torch.cat(images)
-
-
-def names_in(text: str) -> list[str]:
+def split_names(text: str) -> list[str]:
     """Split names at commas and line breaks outside of quotes; an argparse type."""
     try:
-        return [name for line in csv.reader(text.splitlines()) for name in line] or [text]
+        lines = csv.reader(text.splitlines(), skipinitialspace=True)
+        return [name for line in lines for name in line] or [text]
     except csv.Error as error:
         raise argparse.ArgumentTypeError(f"cannot be split into names ({error})") from error
 
@@ -144,20 +139,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser("Draw new images from a run of train.py and train_prior.py.")
     positive, above_zero = number(int, 1, 2**31), number(float, 0, above=True)
     parser.add_argument("--run", default="results", help="folder of the run")
-    parser.add_argument("--num", type=positive, help="images in all; by default 10 of each class")
-    help = """names or numbers, as cats,dogs or 3,7 or 'cats,"salt, pepper"'; by default all"""
-    parser.add_argument("--classes", type=names_in, help=help)
+    parser.add_argument("--num", type=positive, help="total number of images; default: 10 per class")
+    help = """names or numbers, such as cats,dogs or 3,7 or 'cats,"salt, pepper"'; default: all"""
+    parser.add_argument("--classes", type=split_names, help=help)
     parser.add_argument("--temperature", type=above_zero, default=TEMPERATURE, help="below 1, likelier codes")
-    parser.add_argument("--top-k", type=number(int, 0, 2**31), default=0, help="draw from so many codes; 0: all")
-    parser.add_argument("--top-p", type=above_zero, default=TOP_P, help="draw from codes of this probability in all")
+    parser.add_argument("--top-k", type=number(int, 0, 2**31), default=0, help="likeliest codes to draw from; 0: all")
+    parser.add_argument("--top-p", type=above_zero, default=TOP_P, help="total probability of the codes drawn from")
     parser.add_argument("--guidance", type=number(float, 0, 100), default=GUIDANCE, help="above 1, more typical")
     parser.add_argument("--seed", type=number(int, 0, 2**63), default=0, help="the same seed draws the same images")
-    parser.add_argument("--complete", nargs="+", metavar="FILE", help="images to go on from the first codes of")
+    parser.add_argument("--complete", nargs="+", metavar="FILE", help="images to complete from their first codes")
     parser.add_argument("--keep", type=number(float, 0, 1), default=0.5, help="share of codes that --complete keeps")
-    parser.add_argument("--out", metavar="DIR", help="also write each image to a file of its own in this folder")
+    parser.add_argument("--out", metavar="DIR", help="also write each image as a separate file to this new folder")
     args = parser.parse_args(argv)
     if args.complete and (args.classes or args.num):
-        parser.error("--complete goes on from images of any class, 8 times each; leave out --classes and --num")
+        parser.error("--complete completes each image 8 times, for any class; leave out --classes and --num")
     if args.top_p > 1:
         parser.error(f"--top-p {args.top_p}: must be at most 1, which is all codes")
     return args
@@ -165,9 +160,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace):
     with user_errors():
-        device, _ = pick_device()
-        model, prior = load_run(args.run, device)
         checkpoint = load_checkpoint(args.run)
+        model = load_model(checkpoint, pick_device()[0])
+        prior = matching_prior(args.run, checkpoint, model)
         names = checkpoint["identity"]["class_names"]
         options = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "guidance", "seed")}
         with lock_folder(writable_folder(args.run)), new_folder(args.out) as out:
@@ -181,24 +176,25 @@ def main(args: argparse.Namespace):
                 levels = draw_codes(model, prior, labels, **options)
                 images = render(model, levels)
                 shown = list(dict.fromkeys(labels.tolist()))
-                rows = [images[labels == label] for label in shown] if prior.classes else images.split(PER_CLASS)
+                rows = [images[labels == label] for label in shown] if prior.classes else images.split(IMAGES_PER_CLASS)
                 row_names = [names[label] for label in shown] if prior.classes and names else ()
                 path, title = Path(args.run, "samples.png"), "samples" + ", a row per class" * (prior.classes > 0)
                 if model.scales:
                     save_scales(Path(args.run, "samples_by_scale.png"), model, levels)
-            for i, image in enumerate(images if out else []):
-                to_pil_image(image.cpu()).save(out / f"{i:05d}.png")  # grey images stay grey
+            if out:
+                write_images(out, [f"{i:05d}" for i in range(len(images))], images)
             drawn = figures.save_samples(path, rows, title, row_names)
     if args.out:
         say(f"wrote {len(images):,} images to {args.out}")
     if not drawn:
         sys.exit(1)
-    say(f"wrote {path}")
+    shown, count = sum(len(row[: figures.SAMPLES]) for row in rows[: figures.SAMPLES]), sum(map(len, rows))
+    say(f"wrote {path}" + (f", with {shown} of {count:,} images" if shown < count else ""))
 
 
 def save_scales(path: Path, model: VQVAE, levels: list[Tensor]):
     """Draw some of the samples, spread over the classes, decoded up to each scale."""
-    some = torch.linspace(0, len(levels[0]) - 1, min(PER_CLASS, len(levels[0]))).long()
+    some = torch.linspace(0, len(levels[0]) - 1, min(IMAGES_PER_CLASS, len(levels[0]))).long()
     views = figures.views(model, [codes[some] for codes in levels])
     rows = [render(model, indices) for indices in views.values()]
     figures.save_samples(path, rows, "the same samples, coarse to fine", list(views))
@@ -208,10 +204,10 @@ def complete(
     args: argparse.Namespace, model: VQVAE, prior: Prior, checkpoint: dict, options: dict
 ) -> tuple[list[Tensor], Tensor, str]:
     """Return rows of an original and its completions, the completions alone, and a title."""
-    background, device = checkpoint["args"]["background"], prior.level_at.device
+    background = checkpoint["args"]["background"]
     originals, _ = read_images(list(map(Path, args.complete)), model.channels, model.image_size, background)
-    originals = torch.stack(originals).to(device)
-    codes = torch.cat([level.flatten(1) for level in model.encode(to_pixels(originals, device))], 1)
+    originals = torch.stack(originals)
+    codes = torch.cat([level.flatten(1) for level in encode(model, originals)], 1)
     kept = codes[:, : prior.whole_steps(int(args.keep * prior.length))]
     labels = torch.full((COMPLETIONS * len(kept),), prior.classes)  # any class
     images = draw(model, prior, labels, given=kept.repeat_interleave(COMPLETIONS, 0), **options)

@@ -36,7 +36,7 @@ class MultiScaleQuantizer(VectorQuantizer):
         z_q     = u_1 + ... + u_S                       with the gradient of z_e: straight-through estimator
 
     `VectorQuantizer` takes the d_s of all scales as one batch. It computes the losses, mean (sg[d_s] - e_s)^2 and
-    mean (d_s - sg[e_s])^2 over all T codes, and it initialises, learns and revives the codes. phi_s learns to make the
+    mean (d_s - sg[e_s])^2 over all T codes, and it initialises, updates and revives the codes. phi_s learns to make the
     residual small: codebook_loss also has the gradient of sum_s mean (sg[r_s] - phi_s(upscale(sg[e_s])))^2. If phi_s
     learned from the reconstruction loss instead, residuals and codes would grow without bound.
 
@@ -80,7 +80,9 @@ class MultiScaleQuantizer(VectorQuantizer):
         sizes = [None if chosen is None else tuple(chosen.shape[1:]) for chosen in indices]
         known = {scale: chosen for scale, chosen in enumerate(indices) if chosen is not None}
         if not known or sizes != [size and scale for size, scale in zip(sizes, self.scales)]:
-            raise ValueError(f"got codes of {listed(filter(None, sizes))}, but the scales are {listed(self.scales)}")
+            raise ValueError(
+                f"got codes of {format_sizes(filter(None, sizes))}, but the scales are {format_sizes(self.scales)}"
+            )
         codes = {scale: super(MultiScaleQuantizer, self).lookup(chosen) for scale, chosen in known.items()}
         return sum(self._upscale(scale, part) for scale, part in codes.items())
 
@@ -104,9 +106,9 @@ class MultiScaleQuantizer(VectorQuantizer):
 
     def _residuals(self, z_e):  # (B, D, h, w) -> each scale's d_s, side by side: (B, D, T) float32
         if (size := z_e.shape[2:]) != self.scales[-1]:
-            raise ValueError(f"z_e has {listed([size])} vectors, but the scales are {listed(self.scales)}")
+            raise ValueError(f"z_e has {format_sizes([size])} vectors, but the scales are {format_sizes(self.scales)}")
         # Until the codebook is initialised, every vector is its own code, so that k-means sees realistic residuals.
-        starting = self.training and not self.all_started and int(self.started) < self.codebook_size
+        starting = self.training and not self.all_initialised and int(self.started) < self.codebook_size
         residual, residuals = z_e.float(), []
         for scale, size in enumerate(self.scales):
             residuals.append(downscale(residual, size))
@@ -131,11 +133,11 @@ class MultiScaleQuantizer(VectorQuantizer):
 
 
 def downscale(x: Tensor, size: Size) -> Tensor:
-    """Return the local means of x (B, D, h, w) at a size."""
+    """Downscale x (B, D, h, w) to `size` by averaging."""
     return x if x.shape[2:] == size else F.interpolate(x, size, mode="area")
 
 
-def listed(sizes: Iterable[Size]) -> str:
+def format_sizes(sizes: Iterable[Size]) -> str:
     return ", ".join("x".join(map(str, size)) for size in sizes) or "no scale"
 
 
@@ -145,7 +147,7 @@ def parse_scales(text: str | None, grid: Sequence[int]) -> list[Size]:
     "auto" means sides of 1, 2, 4, ... up to the grid; None means no scales.
 
     Raises:
-        ValueError: the text is something else, or the scales do not grow, or do not end at the grid.
+        ValueError: the text cannot be parsed, or the scales do not grow, or do not end at the grid.
     """
     if text is None:
         return []
@@ -159,7 +161,9 @@ def parse_scales(text: str | None, grid: Sequence[int]) -> list[Size]:
     scales = [(int(side[0]), int(side[-1])) for side in sides]
     for before, after in pairwise(scales):
         if before == after or before[0] > after[0] or before[1] > after[1]:
-            raise ValueError(f"--scales {text}: scales must grow, but {listed([after])} comes after {listed([before])}")
+            raise ValueError(
+                f"--scales {text}: scales must grow, but {format_sizes([after])} comes after {format_sizes([before])}"
+            )
     if scales[-1] != tuple(grid):
-        raise ValueError(f"--scales {text}: the last scale must be the grid of codes, {listed([grid])}")
+        raise ValueError(f"--scales {text}: the last scale must be the grid of codes, {format_sizes([grid])}")
     return scales

@@ -7,15 +7,7 @@ import argparse
 
 from harness import figures
 from harness.cli import make_parser, number, say, user_errors
-from harness.data import (
-    Dataset,
-    add_data_flags,
-    first_images,
-    load_training_data,
-    random_flip,
-    to_pixels,
-    write_listing,
-)
+from harness.data import Dataset, add_data_flags, first_images, load_training_data, random_flip, to_pixels
 from harness.machine import check_memory
 from harness.run import Means, Run, add_run_flags, parse_run_args
 from harness.storage import CHECKPOINT
@@ -23,16 +15,16 @@ from harness.storage import CHECKPOINT
 import torch
 from torch import Tensor
 
-from evaluate import evaluate
-from model import VQVAE, build_model, named
+from evaluate import evaluate, usage
+from model import VQVAE, build_model, level_key
 from muon import Muon
-from quantizer import Quantized, perplexity
+from quantizer import Quantized
 
 CURVE_IMAGES = 1000  # the test-MSE curve uses at most this many test images; summary.json uses all
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("Train a VQ-VAE, and leave pictures, metrics and a checkpoint in a folder.")
+    parser = make_parser("Train a VQ-VAE; write pictures, metrics and a checkpoint to a folder.")
     switch, positive = argparse.BooleanOptionalAction, number(int, 1, 2**31)
     rate, share = number(float, 0, 1e30), number(float, 0, 1)
     parser.add_argument("--out-dir", default="results", help="folder for all output; an earlier run in it is kept")
@@ -45,21 +37,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--blocks", type=number(int, 1, 1000), default=2, help="residual blocks in encoder and decoder")
     group.add_argument("--levels", type=int, choices=(1, 2), default=1, help="levels of codes; 2: VQ-VAE-2")
     group.add_argument("--scales", help="maps of codes from coarse to fine, such as 1,2,4,7; auto: powers of two")
-    help = "pixels per code in each direction; by default 4 up to 64 pixels and for the lower of 2 levels, else 8"
+    help = "pixels per code in each direction; default: 4 for images up to 64 pixels or with 2 levels, else 8"
     group.add_argument("--downsample", type=int, choices=(2, 4, 8, 16, 32), help=help)
 
     group = parser.add_argument_group("codebook")
     group.add_argument("--beta", type=rate, default=1.0, help="weight of the commitment loss")
-    group.add_argument("--ema", action=switch, default=False, help="learn the codes by moving averages, not by a loss")
+    group.add_argument("--ema", action=switch, default=False, help="update the codes by EMA, not by a loss")
     group.add_argument("--decay", type=share, default=0.99, help="EMA decay")
     group.add_argument("--kmeans-start", action=switch, default=True, help="initialise the codes by k-means")
     help = "revive codes used less than this share of the mean; 0: none"
     group.add_argument("--revive-below", type=share, default=0.03, help=help)
 
     group = parser.add_argument_group("optimization")
-    help = "highest learning rate of encoder and decoder; by default 0.3 / sqrt(steps)"
+    help = "peak learning rate of encoder and decoder; default: 0.3 / sqrt(steps)"
     group.add_argument("--lr", type=rate, help=help)
-    help = "highest learning rate of the codes; by default 0.04, with two levels 0.01"
+    help = "peak learning rate of the codes; default: 0.04, or 0.01 with two levels"
     group.add_argument("--codebook-lr", type=rate, help=help)
     add_run_flags(parser, steps=7500, batch_size=48)
     return parse_run_args(parser, argv, CHECKPOINT)
@@ -75,29 +67,27 @@ def main(args: argparse.Namespace):
             args.downsample = 4 if args.levels > 1 or max(image_shape) <= 64 else 8
         if args.lr is None:  # Muon's updates all have the same size, so more steps need smaller ones
             args.lr = 0.3 * args.steps**-0.5
-        if args.codebook_lr is None:  # faster codes leave many of the top level unused
+        if args.codebook_lr is None:  # a higher rate leaves many top-level codes unused
             args.codebook_lr = 0.04 if args.levels == 1 else 0.01
         check_memory(lambda: build_model(vars(args), image_shape), run.device)
         test_images = first_images(data.test_images, CURVE_IMAGES)
-        identity = {"images": data.digest, "image_shape": image_shape, "class_names": data.class_names}
-        run.begin(len(data.train_images), f"images of {data.name}", **identity)
+        run.begin(len(data.train_images), f"images of {data.name}", **data.identity())
         if run.rank == 0:
-            write_listing(data, run.folder)
+            data.write_listing(run.folder)
 
     # Model and optimizers: Muon for the convolutions, Adam for biases and codes; codes have their own learning rate
     torch.manual_seed(args.seed)
     model = build_model(vars(args), image_shape, mean=data.mean, std=data.std)
     model.to(run.device, memory_format=torch.channels_last).train()
-    codebooks = [p for name, p in model.named_parameters() if name.endswith("codebook")]  # none with --ema
-    biases = [p for p in model.parameters() if p.ndim == 1]
-    muon = Muon([p for p in model.parameters() if p.ndim == 4], torch.float32, weight_decay=0.0)
+    kernels, codebooks, biases = ([p for p in model.parameters() if p.ndim == n] for n in (4, 2, 1))
+    muon = Muon(kernels, torch.float32, weight_decay=0.0)
     optimizer = torch.optim.Adam([{"params": biases}, {"params": codebooks}], betas=(0.9, 0.99), fused=True)
-    means = Means()  # of the logged values since the last line
+    means = Means()  # of the logged values, since the last logged row
     run.keep(model=model, muon=muon, optimizer=optimizer, means=means)  # saved and restored under these names
     forward = run.parallel(model)
 
     with run:
-        if run.unreported:  # the process died between a checkpoint and its report
+        if run.unreported:  # the process was killed between a checkpoint and its report
             report(run, model, means, data, test_images)
 
         for step, images in run.steps(data.train_images):
@@ -105,12 +95,12 @@ def main(args: argparse.Namespace):
             if args.flip:
                 x = random_flip(x, args.batch_size, args.seed, step)
             with run.autocast():
-                x_recon, levels = forward(x)
+                x_recon, quantized = forward(x)  # quantized: for each level, z_q, indices and losses
 
             # Objective: arXiv 1711.00937, equation 3, on normalised images
             recon_loss = ((x_recon - x) / model.std).square().mean()
-            codebook_loss = sum(level.codebook_loss for level in levels)
-            commitment_loss = sum(level.commitment_loss for level in levels)
+            codebook_loss = sum(level.codebook_loss for level in quantized)
+            commitment_loss = sum(level.commitment_loss for level in quantized)
             loss = recon_loss + codebook_loss + args.beta * commitment_loss
 
             # Update. DistributedDataParallel averages gradients over ranks; weight each by its share of the batch.
@@ -119,47 +109,51 @@ def main(args: argparse.Namespace):
                 group["lr"] = highest * run.schedule(step)
             model.zero_grad()
             (loss * run.share(x) * run.world_size).backward()
-            for level in model.levels:
+            for level in model.levels:  # old momentum would drag revived codes away
                 level.quantizer.reset_revived(optimizer)
             muon.step()
             optimizer.step()
 
             # Log and save. The checkpoint comes first, so that a failed measurement or picture loses no step.
-            means.add(run.share(x), recon_loss=recon_loss, **named_values(model, levels))
+            means.add(run.share(x), recon_loss=recon_loss, **named_values(model, quantized, run.share(x)))
             if run.saves_at(step):
                 run.save()
             if run.logs_at(step):
                 report(run, model, means, data, test_images)
 
 
-def named_values(model: VQVAE, levels: list[Quantized]) -> dict[str, Tensor]:
-    """Return the values to log for each level: its losses, and how often each code was used (K,)."""
+def named_values(model: VQVAE, quantized: list[Quantized], share: float) -> dict[str, Tensor]:
+    """Return the values to log for each level: its losses, and how often each code was used (K,).
+
+    Means weight the ranks by their shares of the batch. Counts must add up instead, so divide them by the share.
+    """
     values = {}
-    for name, level, quantized in zip(model.level_names, model.levels, levels):
-        values[named("codebook_loss", name)] = quantized.codebook_loss
-        values[named("commitment_loss", name)] = quantized.commitment_loss
-        values[named("counts", name)] = level.quantizer.count(quantized.indices).float()
+    for name, level, of_level in zip(model.level_names, model.levels, quantized):
+        values[level_key("codebook_loss", name)] = of_level.codebook_loss
+        values[level_key("commitment_loss", name)] = of_level.commitment_loss
+        values[level_key("counts", name)] = level.quantizer.count(of_level.indices).float() / max(share, 1e-30)
     return values
 
 
 def report(run: Run, model: VQVAE, means: Means, data: Dataset, test_images: Tensor):
     """Write a row of metrics.csv; when saving, also measure and draw; at the last step, also write the summary."""
-    row = {}
-    for name, value in means.compute().items():
-        if name.startswith("counts"):
-            row[name.replace("counts", "codes_used")] = int((value > 0).sum())
-            row[name.replace("counts", "perplexity")] = perplexity(value).item()
-        else:
-            row[name] = value.item()
+    values = means.compute()
     means.reset()
     if run.rank > 0:
         return
 
-    row["test_mse"] = evaluate(model, test_images)[0]["test_mse"] if run.saves_at(run.step) else None
+    saving, title = run.saves_at(run.step), f"{data.name}, step {run.step:,}"
+    row = {"recon_loss": values["recon_loss"].item()}
+    for name in model.level_names:
+        row |= {
+            loss: values[loss].item() for loss in (level_key("codebook_loss", name), level_key("commitment_loss", name))
+        }
+        row |= usage(values[level_key("counts", name)], name)
+    row["test_mse"] = evaluate(model, test_images)[0]["test_mse"] if saving else None
     run.log(row | {"dataset": run.args.dataset})
 
-    if run.saves_at(run.step):
-        title, picture = f"{data.name}, step {run.step:,}", run.folder / f"recon_{run.step:06d}.png"
+    if saving:
+        picture = run.folder / f"recon_{run.step:06d}.png"
         figures.save_reconstructions(picture, model, test_images, title)
         figures.save_curves(run.folder / "curves.png", run.folder / "metrics.csv", title)
         run.log_picture("reconstructions", picture)
@@ -168,7 +162,7 @@ def report(run: Run, model: VQVAE, means: Means, data: Dataset, test_images: Ten
         measured, counts = evaluate(model, data.test_images)
         figures.save_codebooks(run.folder / "codebook.png", model, test_images, counts, title)
         summary = run.summarize(data.name, **measured)
-        used = " + ".join(str(summary[named("codes_used", name)]) for name in model.level_names)
+        used = " + ".join(str(summary[level_key("codes_used", name)]) for name in model.level_names)
         say(
             f"{data.name}: test MSE {summary['test_mse']:.5f}, PSNR {summary['test_psnr']:.2f} dB, {used} of "
             f"{run.args.codebook_size} codes used, {summary['seconds']:.0f} s; see {run.folder}"

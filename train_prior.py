@@ -1,4 +1,4 @@
-"""Train a prior over the codes of a trained VQ-VAE, to draw new images from: `python train_prior.py`.
+"""Train a prior over the codes of a trained VQ-VAE; sample.py draws new images from it: `python train_prior.py`.
 
 The VQ-VAE is frozen, and its training images are encoded once. The reported loss is the cross-entropy per code, in
 nats, given the codes before it.
@@ -9,10 +9,11 @@ Source: prior over the codes, arXiv 1711.00937, section 3.3; scale by scale, arX
 import argparse
 import contextlib
 import math
+from pathlib import Path
 
 from harness import figures
 from harness.cli import command, make_parser, number, say, user_errors
-from harness.data import batches, chunks, dataset_of, to_pixels
+from harness.data import Dataset, batches, chunks, dataset_of, to_pixels
 from harness.machine import check_memory, from_rank_0
 from harness.run import Means, Run, add_run_flags, parse_run_args
 from harness.storage import PRIOR, Damaged, load_checkpoint, read_state, write_state
@@ -28,25 +29,25 @@ from muon import Muon
 from prior import Prior, attention_kernel, build_prior, load_prior
 from sample import sample, trained_on
 
-HELD_OUT = 0.05  # share of the training images held out to choose the best prior
+HELD_OUT_SHARE = 0.05  # share of the training images held out to choose the best prior
 DROPPED_LABELS = 0.1  # share of the labels dropped in training, for classifier-free guidance
 CODES = "codes.pt"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("Train a prior over the codes of a run of train.py, and leave it in the run's folder.")
+    parser = make_parser("Train a prior over the codes of a run of train.py; save it in the run's folder.")
     positive, rate = number(int, 1, 2**31), number(float, 0, 1e30)
     parser.add_argument("--run", default="results", help="folder of the run of train.py")
-    parser.add_argument("--data-dir", help="folder of the data set, if it is not where it was for training")
+    parser.add_argument("--data-dir", help="folder of the data set, if it has moved since training")
     group = parser.add_argument_group("model")
     group.add_argument("--width", type=positive, default=192, help="channels of the transformer")
     group.add_argument("--depth", type=number(int, 1, 1000), default=4, help="blocks of the transformer")
-    group.add_argument("--heads", type=positive, default=6, help="attention heads; they divide the width")
+    group.add_argument("--heads", type=positive, default=6, help="attention heads; they must divide --width")
     group.add_argument("--dropout", type=number(float, 0, 1), default=0.05, help="share of channels dropped")
     group = parser.add_argument_group("optimization")
-    group.add_argument("--lr", type=rate, default=1e-2, help="highest learning rate of the blocks' matrices (Muon)")
-    group.add_argument("--embedding-lr", type=rate, default=6e-3, help="highest learning rate of all else (AdamW)")
-    group.add_argument("--weight-decay", type=rate, default=0.1, help="share of the learning rate that weights lose")
+    group.add_argument("--lr", type=rate, default=1e-2, help="peak learning rate of the blocks' matrices (Muon)")
+    group.add_argument("--embedding-lr", type=rate, default=6e-3, help="peak learning rate of all others (AdamW)")
+    group.add_argument("--weight-decay", type=rate, default=0.1, help="decoupled weight decay")
     add_run_flags(parser, steps=3000, batch_size=64)
     args = parse_run_args(parser, argv, PRIOR)
     if args.width % args.heads:
@@ -61,9 +62,9 @@ def main(args: argparse.Namespace):
         run = Run(args, PRIOR)
         model = load_model(vqvae, run.device)
         codes = load_codes(run, model, vqvae)
-        train, _ = held_out_split(codes["train"])
+        train, codes["held_out"] = held_out_split(codes["train"])
         if not len(train):
-            raise ValueError("a prior needs 2 training images or more, of which it holds out one; the run has 1")
+            raise ValueError("a prior needs at least 2 training images, since it holds out one; the run has 1")
         shape = {
             "codebook_size": vqvae["args"]["codebook_size"],
             "grids": codes["grids"],
@@ -77,13 +78,13 @@ def main(args: argparse.Namespace):
     # Model and optimizers: with Muon, the blocks' matrices learn in a third of the steps that AdamW needs
     torch.manual_seed(args.seed)
     prior = build_prior(vars(args), shape, model).to(run.device).train()
-    prior.start_from_codebooks(model.codebooks())
+    prior.init_from_codebooks(model.codebooks())
     matrices = [p for p in prior.blocks.parameters() if p.ndim == 2]
     others = [p for p in prior.parameters() if not any(p is matrix for matrix in matrices)]
     muon = Muon(matrices, getattr(torch, args.precision), weight_decay=args.weight_decay)
     adamw = torch.optim.AdamW(others, weight_decay=args.weight_decay, betas=(0.9, 0.95), fused=True)
     best = {"held_out_nats": math.inf, "step": 0, "model": prior.state_dict()}  # the weights that `sample.py` loads
-    means = Means()  # of the logged values since the last line
+    means = Means()  # of the logged values, since the last logged row
     run.keep(model=prior, muon=muon, adamw=adamw, best=best, means=means)  # saved and restored under these names
     forward = run.parallel(prior)
 
@@ -125,7 +126,7 @@ def report(run: Run, model: VQVAE, prior: Prior, best: dict, means: Means, codes
         return
 
     if run.rank == 0:
-        held_out_nats = nats(prior, held_out_split(codes["train"])[1])
+        held_out_nats = nats(prior, codes["held_out"])
         if held_out_nats < best["held_out_nats"]:
             weights = {name: value.detach().cpu().clone() for name, value in prior.state_dict().items()}
             best.update(held_out_nats=held_out_nats, step=run.step, model=weights)
@@ -149,9 +150,7 @@ def draw(run: Run, model: VQVAE, prior: Prior, best_step: int, codes: dict):
 
 
 def load_codes(run: Run, model: VQVAE, vqvae: dict) -> dict:
-    """Encode the data set of a VQ-VAE, or read the codes that an earlier call wrote for the same checkpoint.
-
-    Rank 0 encodes and writes; then the other ranks read.
+    """Read the codes of a VQ-VAE's data set, which rank 0 encodes and writes if they are not there.
 
     Returns:
         train, test: (N, 1 + T) int64: each image's label (0 without labels), then its codes.
@@ -159,17 +158,19 @@ def load_codes(run: Run, model: VQVAE, vqvae: dict) -> dict:
         key: the checkpoint's digest.
     """
     path = run.folder / CODES
-    if run.rank > 0:
-        from_rank_0()
-    with contextlib.suppress(Damaged):
-        codes, _ = read_state(path)
-        if fits(codes, vqvae, model):
-            if run.rank == 0:
-                from_rank_0()
-            return codes
-    # With --resume, data_dir comes from a file: do not download to it.
-    download = run.args.data_dir is not None and run.args.resume is None
-    data = dataset_of(vqvae, run.folder, run.args.data_dir, download)
+    if run.rank == 0 and kept_codes(path, vqvae, model) is None:
+        # With --resume, data_dir comes from a file: do not download to it.
+        download = run.args.data_dir is not None and run.args.resume is None
+        data = dataset_of(vqvae, run.folder, run.args.data_dir, download)
+        write_state(path, encode_dataset(data, model, vqvae))
+    from_rank_0()  # the others wait for it
+    if (codes := kept_codes(path, vqvae, model)) is None:
+        raise ValueError(f"{path} does not hold the codes that rank 0 wrote; all processes must share one folder")
+    return codes
+
+
+def encode_dataset(data: Dataset, model: VQVAE, vqvae: dict) -> dict:
+    """Encode all images of a data set; see `load_codes`."""
     codes = {"key": vqvae["digest"], "dataset": data.name, "class_names": data.class_names or []}
     for split, images, labels in (
         ("train", data.train_images, data.train_labels),
@@ -182,10 +183,15 @@ def load_codes(run: Run, model: VQVAE, vqvae: dict) -> dict:
             rows.append(torch.cat([level.flatten(1) for level in indices], 1).cpu())
         labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
         codes[split] = torch.cat([labels[:, None], torch.cat(rows)], 1)
-    codes["grids"] = [tuple(level.shape[1:]) for level in indices]
-    write_state(path, codes)
-    from_rank_0()
-    return codes
+    return codes | {"grids": model.grids(model.image_size)}
+
+
+def kept_codes(path: Path, vqvae: dict, model: VQVAE) -> dict | None:
+    """Return the codes in a file, or None if it is missing or damaged, or does not fit this checkpoint."""
+    with contextlib.suppress(Damaged):
+        codes, _ = read_state(path)
+        return codes if fits(codes, vqvae, model) else None
+    return None
 
 
 def fits(codes: dict, vqvae: dict, model: VQVAE) -> bool:
@@ -205,13 +211,13 @@ def fits(codes: dict, vqvae: dict, model: VQVAE) -> bool:
 def held_out_split(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Split rows into training and held-out rows; the split is always the same."""
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(rows)))
-    share = max(1, int(HELD_OUT * len(rows)))
+    share = max(1, int(HELD_OUT_SHARE * len(rows)))
     return rows[order[share:]], rows[order[:share]]
 
 
 @torch.inference_mode()
 def nats(prior: Prior, rows: Tensor, any_class: bool = False) -> float:
-    """Return the cross-entropy per code, in nats, of rows (N, 1 + T) of a label and codes, computed in float32."""
+    """Return the cross-entropy per code, in nats and float32, of rows (N, 1 + T): a label, then the codes."""
     was_training = prior.training
     prior.eval()
     total = 0.0
@@ -225,20 +231,18 @@ def nats(prior: Prior, rows: Tensor, any_class: bool = False) -> float:
 
 def summarize(run: Run, prior: Prior, best: dict, codes: dict):
     """Measure the best prior on the test images, and write the summary."""
-    latest = {name: value.clone() for name, value in prior.state_dict().items()}
     prior.load_state_dict(best["model"])
     measured = {"held_out_nats_per_code_given_class": best["held_out_nats"]}
     measured["test_nats_per_code_given_class"] = nats(prior, codes["test"])
     measured["test_nats_per_code"] = nats(prior, codes["test"], any_class=True)
-    prior.load_state_dict(latest)
 
     nats_per_image = measured["test_nats_per_code"] * prior.length
     bits_per_image = nats_per_image / math.log(2)
     measured |= {"test_nats_per_image": nats_per_image, "test_bits_per_image": bits_per_image}
     run.summarize(codes["dataset"], best_step=best["step"], **measured)
     say(
-        f"{codes['dataset']}: {measured['test_nats_per_code']:.3f} nats per code of a test image without its class, "
-        f"{bits_per_image:.0f} bits in all; to draw new ones: {command('sample.py', '--run', run.folder)}"
+        f"{codes['dataset']}: {measured['test_nats_per_code']:.3f} nats per code on test images, without their class, "
+        f"{bits_per_image:.0f} bits per image; to draw new images: {command('sample.py', '--run', run.folder)}"
     )
 
 

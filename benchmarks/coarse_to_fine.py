@@ -10,8 +10,8 @@ equal by the codebook: T codes of K cost T log2(K) bits, so that the 49 codes of
 70 codes of the scales 1, 2, 4 and 7 cost with K = 78. The second pair of rows gives the scales the larger codebook, and
 the single grid the one that costs as much.
 
-The classifier and the Frechet distance are those of generation.py: share of samples with the class that was asked for,
-and distance in the classifier's features to the test images, the training images' own beside it.
+The classifier and the Frechet distance come from generation.py: the share of samples classified as the requested class,
+and the distance to the test images in the classifier's features; the distance of training images is shown beside it.
 """
 
 import argparse
@@ -40,7 +40,7 @@ FILES = {"train.py": ("--out-dir", "summary.json"), "train_prior.py": ("--run", 
 
 
 def equal_bits(codebook_size: int, codes: int, other_codes: int) -> int:
-    """Return the largest codebook with which `other_codes` cost at most the bits of `codes` of a codebook's size."""
+    """Return the largest codebook size at which `other_codes` codes take no more bits than `codes` codes do."""
     return math.floor(codebook_size ** (codes / other_codes) + 1e-9)
 
 
@@ -60,7 +60,7 @@ def train_for(seconds: float, name: str, folder: Path, *flags) -> dict:
     option, summary = FILES[name]
     few, many = TRIALS[name]
     trial = folder / "trial" if name == "train.py" else folder
-    # The first of three decodes or encodes the images, and keeps what the others read.
+    # The first of three runs decodes or encodes the images; the others read its cache.
     _, *costs = (cpu_seconds(name, option, trial, *flags, "--steps", steps) for steps in (1, few, many))
     step = (costs[1] - costs[0]) / (many - few)
     steps = max(1, round(seconds / step))
@@ -123,7 +123,7 @@ def main():
     print_table(rows, **columns)
     write_json(args.out_dir / "coarse_to_fine.json", machine, args, {"codes": rows})
 
-    # The priors, on the first pair; few images at once wait for one step after another, many for the arithmetic
+    # The priors, on the first pair. The number of steps limits the speed for few images, arithmetic for many.
     priors, loaded = [], []
     for row in rows[:2]:
         summary = train_for(args.prior_seconds, "train_prior.py", row["folder"])
@@ -143,7 +143,7 @@ def main():
     some = torch.randperm(len(train_images), generator=torch.Generator().manual_seed(0))[: args.num]
     features, _ = classify(classifier, train_images[some])
     accuracy = (found == source.test_labels).float().mean().item()
-    print(f"classifier: {accuracy:.2%} of the real test images; Frechet distance {frechet(features, real):.3f} of the")
+    print(f"classifier: {accuracy:.2%} correct on test images; Frechet distance {frechet(features, real):.3f} of the")
     print(f"training images, {len(some):,} of them\n")
     for row, (model, prior) in zip(priors, loaded):
         asked = script.labels_of(prior, args.num)

@@ -5,9 +5,9 @@ least 500 codes at a perplexity of at least 380, and its held-out MSE is more th
 airalcorn2/vqvae-pytorch (with moving averages) after as many seconds on the same images, for N of 2,000, 4,000 and
 7,500.
 
-Ours are whole runs of train.py, timed from the first step on, with all pictures and measurements. The other is imported
-from PEERS/airalcorn2, a clone of its repository; it has its author's architecture, loss, optimiser and batch size, is
-fed the same images from memory, and the pauses in which it is measured do not count. All run in two threads.
+Ours are whole runs of train.py, timed from the first step on, with all pictures and measurements. The peer is imported
+from PEERS/airalcorn2, a clone of its repository. It keeps its author's architecture, loss, optimiser and batch size and
+gets the same images from memory; the time to measure it does not count. All run in two threads.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from quantizer import perplexity
 
 @torch.no_grad()
 def codes(model, test_images: torch.Tensor) -> dict:
-    """Return what evaluate.py would of the codes of the other."""
+    """Return the codes used and the perplexity of the peer, as evaluate.py computes them."""
     indices = [model.quantize(images / 255 - 0.5)[3].flatten() for images in test_images.split(250)]
     counts = torch.bincount(torch.cat(indices), minlength=512)
     return {"codes_used": int((counts > 0).sum()), "perplexity": perplexity(counts).item()}

@@ -1,12 +1,12 @@
 """How good and how fast new images are: `python benchmarks/generation.py --run results`.
 
-Aims, for `python train.py` and `python train_prior.py` on MNIST with their defaults: a classifier, trained here on the
-real training images, gives at least 95% of the samples at temperature 1 without guidance the class that was asked for,
-and at least 99% of those at sample.py's defaults, whose mean distance within a class is near that of real images; 100
-samples take less than 5 s. How far they are met stands in benchmarks/README.md.
+Aims, for `python train.py` and `python train_prior.py` on MNIST with their defaults: a classifier trained here on real
+images recognises the requested class in at least 95% of the samples at temperature 1 without guidance, and in at least
+99% at sample.py's defaults; at these defaults, the mean distance within a class is close to that of real images; 100
+samples take less than 5 s. benchmarks/README.md says which aims are met.
 
-The Frechet distance is between Gaussians fitted to the classifier's last features, of 10,000 images against the 10,000
-test images; beside it stands that of the test images' own reconstructions, and that of 10,000 real training images.
+The Frechet distance compares Gaussians fitted to the classifier's last features, for 10,000 images and the 10,000 test
+images. For comparison, it is also computed for the reconstructed test images and for 10,000 real training images.
 Each sample of neighbours.png stands above the training image nearest to it in pixels.
 """
 
@@ -121,7 +121,7 @@ def generate_without_cache(prior: Prior, labels: Tensor) -> Tensor:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=argparse.SUPPRESS)
     parser.add_argument("--run", default="results", help="folder of a run with a prior")
-    parser.add_argument("--data-dir", help="folder of the data set, if it is not where it was for training")
+    parser.add_argument("--data-dir", help="folder of the data set, if it has moved since training")
     parser.add_argument("--num", type=int, default=10_000, help="samples behind each line of the table")
     args = parser.parse_args()
     torch.set_num_threads(2)
@@ -132,7 +132,7 @@ def main():
     accuracy = (found == data.test_labels).float().mean().item()
     machine = heading()
     print(machine)
-    print(f"classifier: {accuracy:.2%} of the real test images\n")
+    print(f"classifier: {accuracy:.2%} correct on the real test images\n")
 
     with torch.inference_mode():
         x_recon = [model(to_pixels(batch, CPU)).x_recon for batch in data.test_images.split(500)]
@@ -147,7 +147,7 @@ def main():
         "samples, sample.py's defaults": (script.sample(model, prior, args.num), asked),
     }
     table, of_recon = {}, None
-    print("| images | class as asked | distance within a class | Frechet distance | of that of the reconstructions |")
+    print("| images | class as asked | distance within a class | Frechet distance | relative to reconstructions |")
     print("|---|---|---|---|---|")
     print(f"| test images | {accuracy:.2%} | {distance_within(data.test_images, data.test_labels):.2f} | 0 | |")
     for name, (images, labels) in shown.items():
@@ -173,7 +173,7 @@ def main():
         print(f"{name}: {taken:.2f} s")
     with_caches, without = list(speed.values())[1:]
     print(
-        f"caches make drawing {without / with_caches:.1f} times as fast as computing all positions anew for each code"
+        f"KV caches make sampling {without / with_caches:.1f} times as fast as recomputing all positions for each code"
     )
     save_neighbours(Path(args.run, "neighbours.png"), script.sample(model, prior, 16, seed=1), data.train_images)
     write_json(Path(args.run, "generation.json"), machine, args, {"classifier": accuracy, **table, **speed})

@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: where and when they ran, whole runs, and the time that a function takes."""
+"""Helpers of the benchmarks: where and when they ran, whole training runs, and timing a function."""
 
 import argparse
 import datetime
@@ -45,16 +45,18 @@ def run(script: str, *flags) -> dict:
 
 
 def train(*flags) -> dict:
-    """Return the summary of a whole run of train.py, with its peak memory, in GB."""
+    """Return what the summary of a whole run of train.py says, its arguments aside, and its peak memory, in GB."""
     with tempfile.TemporaryDirectory() as folder:
         memory = run("train.py", "--out-dir", folder, *flags)
-        return json.loads(Path(folder, "summary.json").read_text()) | memory
+        summary = json.loads(Path(folder, "summary.json").read_text())
+        del summary["arguments"]
+        return summary | memory
 
 
 def peak_memory() -> int:
     """Return the most memory that this process has held, in bytes."""
     status = Path("/proc/self/status")
-    if status.is_file():  # for getrusage, where there is this, counts what the process held that started this one
+    if status.is_file():  # getrusage would also count the memory of the parent process
         return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

@@ -1,16 +1,16 @@
 """How much of the machine training uses: `python benchmarks/machine_limit.py --data-dir data`.
 
-Aims: that a step of train.py does at least 60% of the arithmetic per second that a large convolution of the same
-precision reaches in the same run, and that all else (input, pictures, metrics, checkpoints) takes less than 3% of the
-time. How far it is from them, and why, stands in benchmarks/README.md.
+Aims: a step of train.py reaches at least 60% of the FLOP/s of a large convolution in the same precision, measured in
+the same run; everything else (input, pictures, metrics, checkpoints) takes less than 3% of the time.
+benchmarks/README.md says how far it is from these aims, and why.
 
-A step's FLOPs, forward and backward, are counted by PyTorch: those of convolutions and matrix products, of which the
-lookup is one, in float32 also where the network is in bfloat16. They are divided by the mean time of a step of a run of
-train.py with its defaults: from the moment `Run.steps` hands out a batch to the moment the loop asks for the next one.
-The first steps, in which the codebook starts, and those that log or save are left out. The ceilings are the best of
-three 3x3 convolutions, forward and backward, and a product of two matrices of 4,096 x 4,096. Then what takes the time
-of a step, by torch.profiler, and short runs in turns with and without --compile: how many steps pay for the compiling.
-All in two threads.
+PyTorch counts a step's FLOPs, forward and backward: those of the convolutions and the matrix products, including the
+lookup, which is in float32 even if the network is in bfloat16. They are divided by the mean time of a step of train.py
+with its defaults, from when `Run.steps` yields a batch until the loop asks for the next one. The first steps, which
+initialise the codebook, and steps that log or save are left out. The ceilings are the best of three 3x3 convolutions,
+forward and backward, and a product of two 4,096 x 4,096 matrices. torch.profiler then shows what takes the time of a
+step, and short runs with and without --compile, in turns, show after how many steps compiling pays off. All in two
+threads.
 """
 
 import argparse
@@ -37,13 +37,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from model import VQVAE
 
-FIRST = 20  # steps in which the codebook starts and what is compiled is compiled
+FIRST = 20  # steps that initialise the codebook and compile
 PROFILED = 50
 STEPS = Run.steps
 
 
 def flops_of_a_step(batch_size: int, code_dim: int = 64) -> int:
-    model = VQVAE(1, (28, 28), code_dim=code_dim, kmeans_start=False)  # which would be counted with the first step
+    model = VQVAE(1, (28, 28), code_dim=code_dim, kmeans_start=False)  # k-means is not part of a normal step
     with FlopCounterMode(display=False) as counter:
         x_recon, (level,) = model(torch.rand(batch_size, 1, 28, 28))
         (x_recon.sum() + level.codebook_loss + level.commitment_loss).backward()
@@ -68,19 +68,19 @@ def ceilings(dtype: torch.dtype) -> dict[str, float]:
 def run(args: argparse.Namespace, steps: int, in_step: Callable, *flags) -> float:
     """Run train.py with each step inside the context `in_step(run)`; return the seconds of the run."""
 
-    def wrapped(run: Run, images) -> Iterator:
+    def steps_in_context(run: Run, images) -> Iterator:
         for batch in STEPS(run, images):
             with in_step(run):
                 yield batch  # the loop makes its step, and comes back
 
-    with tempfile.TemporaryDirectory() as folder, patch.object(Run, "steps", wrapped):
+    with tempfile.TemporaryDirectory() as folder, patch.object(Run, "steps", steps_in_context):
         where = ["--dataset", "mnist", "--data-dir", args.data_dir, "--out-dir", folder, "--device", "cpu"]
         train.main(train.parse_args([*where, "--steps", str(steps), *flags]))
         return json.loads(Path(folder, "summary.json").read_text())["seconds"]
 
 
 def timed(args: argparse.Namespace, steps: int, *flags) -> dict[str, float]:
-    """Return the mean seconds of a step, those of the longest, and the share of the run's that no step took."""
+    """Return the mean and the longest time of a step, in seconds, and the share of the run spent outside steps."""
     taken = {}  # by the number of the step
 
     @contextlib.contextmanager
@@ -92,12 +92,12 @@ def timed(args: argparse.Namespace, steps: int, *flags) -> dict[str, float]:
 
     seconds = run(args, steps, in_step, *flags)
     mean = statistics.mean(value for step, value in taken.items() if step > FIRST)
-    in_steps = sum(taken.values()) + (steps - len(taken)) * mean  # those that log or save take as long, but for that
+    in_steps = sum(taken.values()) + (steps - len(taken)) * mean  # steps that log or save count with the mean time
     return {"seconds_of_a_step": mean, "longest": max(taken.values()), "no_step": 1 - in_steps / seconds}
 
 
 def profiled(args: argparse.Namespace, *flags) -> dict[str, float]:
-    """Return what takes most of the time of steps and of their input, by operation, and its shares of that time."""
+    """Return the operations that take the most time in steps and their input, each with its share of that time."""
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
 
     @contextlib.contextmanager
@@ -119,7 +119,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=argparse.SUPPRESS)
     steps, defaults = number(int, FIRST + 2), train.parse_args([])
     parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--steps", type=steps, default=defaults.steps, help="fewer make pictures a larger share")
+    parser.add_argument("--steps", type=steps, default=defaults.steps, help="with fewer, pictures take a larger share")
     parser.add_argument("--compiled-steps", type=steps, default=500, help="of each run with and without --compile")
     parser.add_argument("--repeats", type=int, default=3, help="of the runs with and without --compile")
     parser.add_argument("--out", type=Path, default=Path("results", "machine_limit.json"))
@@ -135,7 +135,7 @@ def main():
         rows.append(row | {"step": flops / row["seconds_of_a_step"]})
     ways = {"eager": [], "compiled": []}
     with tempfile.TemporaryDirectory() as cache:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # or what an earlier process compiled is taken from disk
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # empty, so that nothing compiled earlier is reused
         for _ in range(args.repeats):
             for way, flag in zip(ways, ("--no-compile", "--compile")):
                 ways[way].append(timed(args, args.compiled_steps, flag))
@@ -145,7 +145,7 @@ def main():
     print("|---|---|---|---|---|---|")
     for row in rows:
         cells = [row["precision"], f"{1 / row['seconds_of_a_step']:.1f}", f"{row['step'] / 1e9:.0f}"]
-        cells += [f"{row['step'] / row[of]:.0%} of {row[of] / 1e9:.0f}" for of in ("convolution", "product")]
+        cells += [f"{row['step'] / row[top]:.0%} of {row[top] / 1e9:.0f}" for top in ("convolution", "product")]
         print("|", " | ".join(cells), f"| {row['no_step']:.1%} |")
     for row in rows:
         shares = ", ".join(f"{name} {share:.1%}" for name, share in row["operations"].items())

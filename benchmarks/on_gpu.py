@@ -1,4 +1,4 @@
-"""All that there is to know about a GPU, in one go: `python benchmarks/on_gpu.py --data-dir data --peers peers`.
+"""Measure everything about a GPU in one run: `python benchmarks/on_gpu.py --data-dir data --peers peers`.
 
 Within 8 minutes on one CUDA GPU and without a network: tests/test_cuda.py; steps per second, eager and compiled, and
 the memory that they take; seconds to 28.0 dB on MNIST; images per second beside four public implementations (clones in
@@ -6,7 +6,7 @@ the memory that they take; seconds to 28.0 dB on MNIST; images per second beside
 Triton kernel; a codebook of 262,144 codes. Each part is a process of its own with its share of the time. In the end
 there is one table and one JSON, also when parts fail: the table then says which, and why.
 
-`--tiny` runs through with small sizes, also without a GPU, where nothing that it prints means anything.
+`--tiny` only checks that everything runs: with small sizes, also without a GPU. Its numbers mean nothing.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from quantizer import nearest_code
 
 MINUTES = 8
 PEER_SECONDS = 10  # of training of each of the others
-LADDER = (1000, 1500, 2000, 3000, 5000)  # steps of the runs that are to reach 28 dB
+LADDER = (1000, 1500, 2000, 3000, 5000)  # lengths of runs to try until one reaches 28 dB
 SIZES = [(n, size, dim) for n in (1568, 65_536) for size, dim in ((512, 8), (8192, 8), (65_536, 64))]
 TINY_SIZES = [(n, size, 4) for n in (8, 16) for size in (16, 32, 64)]
 
@@ -63,7 +63,7 @@ def quality(args) -> dict:
 
 
 def peers(args) -> dict:
-    """Time the training of the others, as their authors train."""
+    """Time the training of the peers, with their authors' settings."""
     if args.peers is None:
         return {"images/s of the others": "left out, since --peers was not given"}
     from time_to_quality import PEERS, train_peer
@@ -76,7 +76,7 @@ def peers(args) -> dict:
 
 
 def lookup(args) -> dict:
-    """Time the nearest codes by both ways, of N vectors, K codes, D dimensions."""
+    """Time both lookups for N vectors and K codes of D dimensions."""
     ways, measured = {"plain": nearest_code}, {}
     if args.device == "cuda":
         from triton_lookup import nearest_code_triton
@@ -118,7 +118,7 @@ def train_here(args, *flags) -> dict:
     """Return the summary of a run of train.py on the device."""
     small = ("--dataset", "digits", "--width", 8, "--codebook-size", 16) if args.tiny else ("--dataset", "mnist")
     summary = train("--device", args.device, "--data-dir", args.data_dir, *small, *flags)
-    return summary | {"steps_per_second": summary["images_per_second"] / summary["arguments"]["batch_size"]}
+    return summary | {"steps_per_second": summary["steps"] / summary["training_seconds"]}
 
 
 def measure(part: str, seconds: float) -> dict:
@@ -141,13 +141,13 @@ def main():
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--peers", type=Path, help="folder of clones, see time_to_quality.py")
     parser.add_argument("--tiny", action="store_true", help="only see whether everything runs, with or without a GPU")
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # what a process of its own measures
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # the part that this child process measures
     parser.add_argument("--out", type=Path, default=Path("results", "on_gpu.json"))
     args = parser.parse_args()
     with user_errors():
         args.device = pick_device("auto" if args.tiny else "cuda")[0].type
         if not args.tiny:
-            dataset(args)  # or say now that it is missing
+            dataset(args)  # fail now if it is missing
     if args.part:
         args.out.write_text(json.dumps(PARTS[args.part](args)))
         return

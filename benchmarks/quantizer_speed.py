@@ -3,13 +3,13 @@
 Claim: `VectorQuantizer` takes the least time and memory of three, for N vectors, K codes of D dimensions, with either
 way of learning. The others are `VectorQuantize` of vector-quantize-pytorch (the version that requirements-dev.txt pins,
 Euclidean distance, straight-through gradient, with moving averages or a learnable codebook) and the textbook layer: all
-N x K distances, then one-hot vectors. All three are in train mode; what each does to its codebook there is part of its
-cost, k-means and revival aside, which are off.
+N x K distances, then one-hot vectors. All three are in train mode, and the cost includes each layer's codebook update;
+k-means and revival are off.
 
-Each case is a process of its own in two threads: a warm-up, then the median of the repeats, of which there are more in
-2 s and fewer after 10 s. Memory is how far the peak of the process lies above its peak before the first call. A case is
-left out where the N x K values that a layer writes would not fit in the machine's memory. At each size the lookup's
-indices are compared with those of the least distances in float64.
+Each case runs in its own process with two threads: a warm-up, then the median of the repeats. Fast cases repeat for at
+least 2 s, slow ones stop after 10 s. Memory is the peak of the process minus its peak before the first call. A case is
+skipped if the N x K values that a layer writes would not fit in memory. At each size, the lookup's indices are compared
+with the nearest codes in float64.
 """
 
 import argparse
@@ -103,7 +103,7 @@ def measure(layer: str, n: int, size: int, dim: int, ema: bool, repeats: int) ->
 
 
 def differing(z: Tensor, codebook: Tensor) -> int:
-    """Return how many indices of the lookup are not those of the least distances in float64."""
+    """Return how many indices of the lookup differ from the nearest codes in float64."""
     from quantizer import nearest_code
 
     exact, different = codebook.double(), 0
@@ -119,7 +119,7 @@ def main():
     parser.add_argument("--sizes", type=int, nargs="+", default=[512, 8192, 65_536], help="K")
     parser.add_argument("--dims", type=int, nargs="+", default=[8, 64], help="D")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--case", help=argparse.SUPPRESS)  # what a process of its own measures
+    parser.add_argument("--case", help=argparse.SUPPRESS)  # the case that this child process measures
     parser.add_argument("--out", type=Path, default=Path("results", "quantizer_speed.json"))
     args = parser.parse_args()
     if args.case:
@@ -128,7 +128,7 @@ def main():
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     library = f"vector-quantize-pytorch {importlib.metadata.version('vector-quantize-pytorch')}"
     machine = heading(library)
-    print(f"{machine}; in brackets: times the seconds and the memory of this one")
+    print(f"{machine}; in brackets: seconds and memory relative to this one")
     print("| N | K | D | learns by | this | vector-quantize-pytorch | textbook |")
     print("|---|---|---|---|---|---|---|")
     rows = []
@@ -140,7 +140,7 @@ def main():
                     continue
                 command = [sys.executable, __file__, "--case", json.dumps({"layer": layer} | case)]
                 done = subprocess.run([*command, "--repeats", str(args.repeats)], stdout=subprocess.PIPE, text=True)
-                if done.returncode != -signal.SIGKILL:  # by which the system ends what takes too much memory
+                if done.returncode != -signal.SIGKILL:  # the out-of-memory killer
                     done.check_returncode()
                     measured[layer] = json.loads(done.stdout.splitlines()[-1])
             cells = [cell(measured.get(layer), measured["this"]) for layer in LAYERS]
@@ -149,7 +149,7 @@ def main():
             write_json(args.out, machine, args, rows)
     compared = [row for row in rows if "differing" in row]
     different, all_indices = sum(row["differing"] for row in compared), sum(row["n"] for row in compared)
-    print(f"{different} of {all_indices:,} indices are not those of the least distances in float64")
+    print(f"{different} of {all_indices:,} indices differ from the nearest codes in float64")
 
 
 def cell(result: dict | None, ours: dict) -> str:

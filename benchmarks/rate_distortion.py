@@ -1,10 +1,10 @@
-"""How many nats an image costs, and what comes back: `python benchmarks/rate_distortion.py --data-dir data`.
+"""Rate (nats per image) against distortion (test MSE): `python benchmarks/rate_distortion.py --data-dir data`.
 
-Trains a VQ-VAE on MNIST and a prior over its codes for each codebook size, by train.py and train_prior.py in two
-threads, and tells the test MSE beside the nats per test image (of the prior without a class). Finer codes bring the MSE
-down and cost more nats, so that neither number says anything alone. The plot holds, to compare, the Keras example of a
-VQ-VAE with a PixelCNN (keras.io/examples/generative/vq_vae; K = 128, D = 16) by the losses that it prints: MSE 0.0042,
-1.034 nats per code of 7x7.
+For each codebook size, this trains a VQ-VAE on MNIST and a prior over its codes, with train.py and train_prior.py in
+two threads, and prints the test MSE and the nats per test image (without its class). Finer codes lower the MSE but cost
+more nats, so neither number means anything alone. For comparison, the plot shows the Keras example of a VQ-VAE with a
+PixelCNN (keras.io/examples/generative/vq_vae; K = 128, D = 16), by the losses that it prints: MSE 0.0042 and 1.034 nats
+per code, with 7x7 codes.
 
 The priors are trained for about a quarter of their default steps, so that the nats are somewhat above what can be
 reached.
@@ -37,7 +37,7 @@ def plot(path: Path, rows: list[dict]):
     for row in rows:
         ax.annotate(f"K = {row['codebook_size']}", (row["nats"], row["mse"]), xytext=(6, 6), textcoords="offset points")
     ax.plot(KERAS["nats"], KERAS["mse"], "s", color="tab:red", label="Keras example, K = 128")
-    ax.set(title="MNIST: what an image costs, and what comes back", yscale="log")
+    ax.set(title="MNIST: rate against distortion", yscale="log")
     ax.set(xlabel="nats per test image, by the prior", ylabel="test MSE, pixels in [0, 1]")
     ax.margins(x=0.16, y=0.12)  # room for the labels
     ax.grid(alpha=0.3, which="both")

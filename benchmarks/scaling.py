@@ -1,12 +1,12 @@
-"""What an image costs as the work grows, one axis at a time: `python benchmarks/scaling.py`.
+"""The cost of an image along four axes, one at a time: `python benchmarks/scaling.py`.
 
 Claim: the cost of an image grows slower than the codebook, shrinks with the batch, and grows about with the pixels.
-What several processes cost on processors that one could use alone is shown as well.
+It also shows what several processes cost on cores that one process could use alone.
 
-Each point is a run of train.py on the embedded digits, on the CPU, in two threads, which on the last axis the processes
-share; microseconds per image are the median over the second half of its log's intervals, when codes are being revived,
-but the last. All points are measured in turns, and of their repeats the median is taken. Defaults: K = 512, batches of
-32, 28x28, one process.
+Each point is a run of train.py on scikit-learn's digits, on the CPU, in two threads; on the last axis, the processes
+share them. Microseconds per image are the median over the second half of the log's intervals without the last, when
+codes are being revived. Points are measured in turns; each gets the median of its repeats. Defaults: K = 512,
+batches of 32, 28x28, one process.
 """
 
 import argparse

@@ -1,13 +1,12 @@
 """Images per second of one training, and of two side by side on the same cores: `python benchmarks/shared_machine.py`.
 
-Claim: with a short spin a training alone is as fast as with libgomp's own, and two side by side
-are together nearly as fast as one alone.
+Claim: with a short spin, one training is as fast as with libgomp's default, and two side by side together are nearly
+as fast as one alone.
 
-Between PyTorch's operations the OpenMP threads spin while they wait, which on a shared machine takes the core from the
-thread that they wait for. GOMP_SPINCOUNT says how often they look before they sleep: 300,000 times where it is not set.
-With more threads than cores in one training libgomp stops at 100. Each figure is from runs of train.py on the embedded
-digits, on the CPU, that are stopped after --seconds; points are measured in turns, and of their repeats the median is
-taken.
+OpenMP's threads spin while they wait between PyTorch's operations. On a shared machine, a spinning thread can take the
+core from the thread that it waits for. GOMP_SPINCOUNT sets how often a thread checks before it sleeps: 300,000 times by
+default, or 100 if one training has more threads than cores. Each figure comes from runs of train.py on scikit-learn's
+digits, on the CPU, stopped after --seconds. Points are measured in turns; each gets the median of its repeats.
 """
 
 import argparse

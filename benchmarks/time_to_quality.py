@@ -1,18 +1,17 @@
 """Seconds of training to a test MSE on MNIST: `python benchmarks/time_to_quality.py --data-dir data --peers DIR`.
 
-Aims: that `python train.py` is where the best of four public implementations stands after 150 s of training in less
-than a fifteenth of that time, and at 28.0 dB in less than 17 s. How far they are met stands in benchmarks/README.md.
+Aims: `python train.py` reaches the test MSE that the best of four public implementations has after 150 s of training in
+less than a fifteenth of that time, and 28.0 dB in less than 17 s. benchmarks/README.md says which aims are met.
 
 The others are imported from PEERS/<owner>, clones of ritheshkumar95/pytorch-vqvae, MishaLaskin/vqvae and
 airalcorn2/vqvae-pytorch (with and without moving averages), each with its author's architecture, loss, optimiser, batch
-size, precision and scaling of pixels, K = 512; MishaLaskin's and airalcorn2's, whose images have three channels, get
-the grey one three times, and the mean of what they make is measured. Where batch normalisation makes a difference
-between train and eval mode, the better of the two is measured. All are fed batches from memory, in the order of our
-seed, in two threads, one model of one seed after another. A run whose error is above half of that of the mean image
-counts as collapsed. Ours are whole runs of train.py of several lengths, in the precision that it chooses and in that
-of the others, float32. Figures are medians over seeds. Seconds are those of training, from the first step to the last,
-for ours with all that a run does in between; those of our whole runs count what comes after it as well: measuring all
-test images, the last pictures.
+size, precision and scaling of pixels, K = 512. MishaLaskin's and airalcorn2's expect three channels, so they get the
+grey channel three times, and the mean of their output channels is measured. If batch normalisation makes train and eval
+mode differ, the better result counts. All get batches from memory, in the order of our seed, in two threads, one model
+and seed after another. A run counts as collapsed if its error is above half of the mean image's error. Ours are whole
+runs of train.py of several lengths, in its default precision and in the peers' precision, float32. Figures are medians
+over seeds. Seconds are training time from the first step to the last, for ours with everything that a run does in
+between. "Of the whole run" also counts what comes after: measuring all test images and drawing the last pictures.
 """
 
 import argparse
@@ -37,8 +36,8 @@ STEPS = (100, 150, 200, 250, 300, 400, 600, 800, 1000, 1500, 2000, 3000, 5000)
 FIGURES = ("steps", "training_seconds", "seconds", "images_per_second", "test_mse", "test_psnr")
 
 
-def imported(folder: Path, module: str):
-    """Import a module from a clone, whose modules may have the names of another's."""
+def import_from_clone(folder: Path, module: str):
+    """Import a module from a clone; its modules may have the same names as another clone's."""
     names = {path.stem for path in folder.iterdir() if path.suffix == ".py" or path.is_dir()}
     for name in [name for name in sys.modules if name.split(".")[0] in names]:
         del sys.modules[name]
@@ -50,7 +49,7 @@ def imported(folder: Path, module: str):
 
 
 def ritheshkumar95(peers: Path, variance: float):
-    model = imported(peers / "ritheshkumar95", "modules").VectorQuantizedVAE(1, 256, 512)
+    model = import_from_clone(peers / "ritheshkumar95", "modules").VectorQuantizedVAE(1, 256, 512)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-4)
 
     def step(images):
@@ -63,7 +62,7 @@ def ritheshkumar95(peers: Path, variance: float):
 
 
 def mishalaskin(peers: Path, variance: float):
-    model = imported(peers / "MishaLaskin", "models.vqvae").VQVAE(128, 32, 2, 512, 64, 0.25)
+    model = import_from_clone(peers / "MishaLaskin", "models.vqvae").VQVAE(128, 32, 2, 512, 64, 0.25)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-4, amsgrad=True)
 
     def step(images):
@@ -75,7 +74,7 @@ def mishalaskin(peers: Path, variance: float):
 
 
 def airalcorn2(peers: Path, variance: float, ema: bool):
-    model = imported(peers / "airalcorn2", "vqvae").VQVAE(3, 128, 2, 2, 32, 64, 512, ema, 0.99, 1e-5)
+    model = import_from_clone(peers / "airalcorn2", "vqvae").VQVAE(3, 128, 2, 2, 32, 64, 512, ema, 0.99, 1e-5)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-4)
 
     def step(images):
@@ -99,7 +98,7 @@ PEERS = {
 def train_peer(
     make, peers: Path, data, moments: list[float], device: str, seed: int = 0
 ) -> Iterator[tuple[torch.nn.Module, dict]]:
-    """Train one of the others, and yield it and its figures after each of some seconds; measuring does not count."""
+    """Train a peer; yield it and its metrics at each of the `moments`, in seconds of training without measuring."""
     torch.manual_seed(seed)
     variance = (data.train_images / 255).var().item()
     model, optimizer, batch_size, step = make(peers, variance)
@@ -116,7 +115,7 @@ def train_peer(
             optimizer.step()
             steps += 1
             if device == "cuda" and steps % 100 == 0:
-                torch.cuda.synchronize()  # the clock is not to run ahead of the steps
+                torch.cuda.synchronize()  # so that the clock measures finished steps
         seconds = time.perf_counter() - began
         model.eval()
         measured = measure(step, test_images)
@@ -175,7 +174,7 @@ def main():
     if missing:
         parser.error(f"--peers {args.peers} holds no {', '.join(missing)}; clone the repositories there")
     if args.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # one of the others takes a GPU where there is one
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # one peer uses a GPU if there is one
     torch.set_num_threads(2)
     data = load_dataset("mnist", args.data_dir)
     commits = {name: commit(args.peers / name) for name in CLONES}
@@ -197,7 +196,7 @@ def main():
     best = min(peers, key=lambda peer: peer["test_mse"])
     goals = {
         f"below the MSE of {best['name']}": lambda run: run["test_mse"] < best["test_mse"],
-        "at 28 dB": lambda run: run["test_psnr"] >= 28,
+        "28 dB": lambda run: run["test_psnr"] >= 28,
     }
     for precision in ("auto", "float32"):
         rows = []

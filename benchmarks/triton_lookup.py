@@ -1,9 +1,9 @@
 """The nearest codes by one Triton kernel, beside the plain lookup: `python benchmarks/triton_lookup.py`, on a GPU.
 
-The kernel keeps each vector's least distance in registers and never writes the N x K distances, of which the plain
-lookup writes a chunk at a time. Which is faster has not been measured yet, so training takes the plain one; where this
-script says that the kernel is, call it from `nearest_code` in quantizer.py for tensors on a GPU. Both prepare the codes
-alike, in float32, and take the lowest index of a tie. Tests compare them in Triton's interpreter, which needs no GPU.
+The kernel keeps each vector's smallest distance in registers and never writes the N x K distances, which the plain
+lookup writes in chunks. Their speeds have not been compared yet, so training uses the plain one. If this script shows
+that the kernel is faster, call it from `nearest_code` in quantizer.py for tensors on a GPU. Both prepare the codes in
+the same way, in float32; ties go to the lowest index. Tests compare them in Triton's interpreter, which needs no GPU.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantizer import center_codebook, center_vectors, nearest_code
+from quantizer import center, nearest_code
 
 TILES = {"ROWS": 64, "CODES": 64, "DIMS": 32}  # vectors, codes, and dimensions of a product at a time
 
@@ -49,8 +49,9 @@ def least_distance(
 
 def nearest_code_triton(z: Tensor, codebook: Tensor) -> Tensor:
     """Return what `quantizer.nearest_code` returns: (N,) int64 for z (N, D) and codebook (K, D)."""
-    scale, middle, codebook, half_square = center_codebook(codebook)
-    z, codebook = center_vectors(z, scale, middle).contiguous(), codebook.contiguous()
+    z, codebook = center(z, codebook)
+    half_square = codebook.square().sum(1) / 2
+    z, codebook = z.contiguous(), codebook.contiguous()
     indices = torch.empty(len(z), dtype=torch.int64, device=z.device)
     if len(z):
         programs = (triton.cdiv(len(z), TILES["ROWS"]),)

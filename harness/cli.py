@@ -1,4 +1,4 @@
-"""What a user types and reads: types of flags, output that never stops a run, mistakes as one line."""
+"""The command line: types of flags, output that never stops a run, one-line error messages."""
 
 import argparse
 import contextlib
@@ -9,14 +9,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch.distributed as dist
+from harness.machine import lost_rank, out_of_memory
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Add each default to its flag's help, but not None, which would explain nothing."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description,
         usage=argparse.SUPPRESS,  # --help lists the flags once
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.register("type", None, not_empty)  # for flags without a type
     parser.error = lambda message: fail(message, code=2)  # escapes control characters
@@ -24,7 +31,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def not_empty(text: str) -> str:
-    """Return the text, but refuse "": it is often an unset shell variable, and as a path the working directory."""
+    """Return the text, but refuse "", often an unset shell variable: as a path it means the working directory."""
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     return text
@@ -46,7 +53,7 @@ def number(kind: type, low: float, below: float = math.inf, above: bool = False)
 
 
 def check_values(parser: argparse.ArgumentParser, values: dict, source: str):
-    """Raise ValueError unless these values from a file are ones that the flags accept."""
+    """Raise ValueError unless the flags accept these values, which come from a file."""
     for action in parser._actions:
         if action.dest == "help":
             continue
@@ -57,7 +64,7 @@ def check_values(parser: argparse.ArgumentParser, values: dict, source: str):
             else:
                 good = (action.type or str)(str(value)) == value and value in (action.choices or [value])
         if not good:
-            raise ValueError(f"{source} is not as this project writes it: its {action.option_strings[0]} is {value!r}")
+            raise ValueError(f"{source} was not written by this project: its {action.option_strings[0]} is {value!r}")
 
 
 def say(*lines: str, error: bool = False):
@@ -75,7 +82,7 @@ def say(*lines: str, error: bool = False):
 
 
 def drop_output(error: bool):
-    """Discard all further output, or Python would fail on the same stream again when it ends."""
+    """Discard all further output; otherwise Python would fail on the same stream again at exit."""
     nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - stays open until Python ends
     if error:
         sys.stderr = nowhere
@@ -85,13 +92,20 @@ def drop_output(error: bool):
 
 @contextlib.contextmanager
 def user_errors():
-    """Turn a user's mistake, a ValueError or OSError, or NaN in a model into one line on stderr and exit code 2."""
+    """Turn a user's mistake (ValueError, OSError), NaN in a model or a lack of memory into one line and exit code 2.
+
+    Exit code 1 if another rank has died, 130 after Ctrl-C.
+    """
     try:
         yield
     except (ValueError, OSError, FloatingPointError) as error:
         fail(str(error), code=2)
-    except dist.DistError:
-        fail("another process of this run has ended", code=1)
+    except (MemoryError, RuntimeError) as error:
+        if out_of_memory(error):
+            fail("out of memory; use a smaller model, smaller images, or fewer at a time", code=2)
+        if lost_rank(error):
+            fail("another process of this run has ended", code=1)
+        raise
     except KeyboardInterrupt:
         fail("interrupted", code=130)
 
@@ -111,11 +125,11 @@ def command(script: str, *words: str | Path, start: str = "") -> str:
 
 
 def printable(name) -> str:
-    """Return a file name fit to print: control characters and bytes that are not UTF-8 are escaped."""
+    """Escape the control characters and the invalid UTF-8 of a file name, so that it can be printed."""
     text = str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def shortened(names: Sequence[str]) -> str:
+def abbreviate(names: Sequence[str]) -> str:
     """Return the first five names, and how many more there are."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

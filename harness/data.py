@@ -1,8 +1,8 @@
 """Data sets as uint8 images, in memory or on disk, and batches whose order is a function of the seed and the step.
 
 Shapes: N images, B batch, C channels
-    images  (N, C, H, W) uint8      a tensor, or `ImageFiles` where they do not fit in memory
-    labels  (N,) int64              None where the images have none
+    images  (N, C, H, W) uint8      a tensor, or `ImageFiles` if they do not fit in memory
+    labels  (N,) int64              None if the images have no labels
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import NamedTuple
 from harness.cli import check_values, number, printable, say
 from harness.folder import ImageFiles, Images, count_pixels, load_folder, resize_and_crop
 from harness.machine import check_room, cpu_count, from_rank_0, world_size
-from harness.storage import IMAGE_CACHE, write_whole
+from harness.storage import IMAGE_CACHE, read_text, write_whole
 
 import numpy as np
 import torch
@@ -58,6 +58,16 @@ class Dataset(NamedTuple):
     digest: str  # identifies the images
     files: list[str] | None = None  # for a folder: "name digest" of each image
 
+    def identity(self) -> dict:
+        """Return what a run's checkpoint stores about its images, to tell whether they are the same."""
+        shape = tuple(self.train_images.shape[1:])
+        return {"images": self.digest, "image_shape": shape, "class_names": self.class_names}
+
+    def write_listing(self, folder: Path):
+        """Write the names and digests of a folder's images, so that `check_same` can say what has changed."""
+        if self.files:
+            write_whole(folder / LISTING, "\n".join([*self.files, ""]))
+
 
 class Unavailable(ValueError):
     """The data set is not on disk and cannot be downloaded."""
@@ -69,11 +79,11 @@ def add_data_flags(parser: argparse.ArgumentParser):
         "--dataset",
         default="auto",
         help=f"one of {', '.join(NAMES)}, or a folder of images, which may hold train/ and test/; "
-        "auto: mnist, or digits if it cannot be had",
+        "auto: mnist, or digits if it cannot be downloaded",
     )
-    group.add_argument("--data-dir", default="data", help="folder that data sets are kept in and downloaded to")
+    group.add_argument("--data-dir", default="data", help="folder of the data sets; missing ones are downloaded to it")
     group.add_argument(
-        "--image-size", type=number(int, 1, 2**31), help="scale the short side to so many pixels, then crop the centre"
+        "--image-size", type=number(int, 1, 2**31), help="scale the short side to this many pixels, and crop the centre"
     )
     group.add_argument(
         "--background", type=color, default="white", help="colour behind transparent images, by name or as #rrggbb"
@@ -91,7 +101,7 @@ def add_data_flags(parser: argparse.ArgumentParser):
         "--memory-limit",
         type=number(float, 0),
         metavar="GB",
-        help="read a folder's images from disk while training if they take more; by default half of the free memory",
+        help="if a folder's images take more, read them from disk while training; default: half of the free memory",
     )
 
 
@@ -102,7 +112,7 @@ def color(text: str) -> str:
             raise ValueError
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{printable(text)} is no colour; name one, such as white, or give it as #rrggbb"
+            f"{printable(text)} is not a colour; use a name, such as white, or #rrggbb"
         ) from None
     return text
 
@@ -158,7 +168,7 @@ def load_dataset(
     """Load a data set by name, downloading it to `data_dir` if it is missing, or a folder of images by its path.
 
     Args:
-        image_size: scale the short side to this many pixels, and crop the centre. None: all must have one size already.
+        image_size: scale the short side to this many pixels, and crop the centre. None: all must have the same size.
         background: the colour behind transparent images of a folder.
         memory_limit: in GB; if a folder's images take more as uint8, they are read from disk while training. None: half
             of the free memory.
@@ -204,7 +214,7 @@ def dataset_of(checkpoint: dict, folder: Path, data_dir: str | None = None, down
     check_values(parser, args, checkpoint.get("path"))
     name = args["dataset"] if args["dataset"] in NAMES or data_dir is None else data_dir
     if not (name in NAMES or Path(name).is_dir()):
-        raise ValueError(f"{name} is not there, and needs to be the run's folder of images; name it with --data-dir")
+        raise ValueError(f"the run's folder of images, {name}, does not exist; give its new path with --data-dir")
     options = (args["image_size"], args["background"], args["memory_limit"], args["skip_bad_images"])
     # Download only to a folder that the user names now: the one in the checkpoint may be anybody's.
     download = data_dir is not None if download is None else download
@@ -221,9 +231,9 @@ def check_same(data: Dataset, checkpoint: dict, folder: str | Path):
     if data.digest == checkpoint["identity"]["images"]:
         return
     trained_on = checkpoint["args"]["dataset"]
-    message = f"the images of {data.name} are not those that the run was trained on, {trained_on}, as it was"
+    message = f"the images of {data.name} are not those that the run was trained on ({trained_on})"
     with contextlib.suppress(OSError, ValueError):
-        before = dict(line.rsplit(" ", 1) for line in Path(folder, LISTING).read_text(encoding="utf-8").splitlines())
+        before = dict(line.rsplit(" ", 1) for line in read_text(Path(folder, LISTING)).splitlines())
         now = dict(line.rsplit(" ", 1) for line in data.files or ())
         changed = [name for name in now if name in before and now[name] != before[name]]
         kinds = {
@@ -234,12 +244,6 @@ def check_same(data: Dataset, checkpoint: dict, folder: str | Path):
         found = [f"{len(names)} {kind} ({min(names)} ...)" for kind, names in kinds.items() if names]
         message += f": {', '.join(found) or 'the split differs'}"
     raise ValueError(message)
-
-
-def write_listing(data: Dataset, folder: Path):
-    """Write the names and digests of a folder's images, so that `check_same` can say what has changed."""
-    if data.files:
-        write_whole(folder / LISTING, "\n".join([*data.files, ""]))
 
 
 def torchvision_splits(name: str, data_dir: str | Path, download: bool) -> tuple:
@@ -428,4 +432,4 @@ def random_flip(x: Tensor, batch: int, seed: int, step: int) -> Tensor:
     """
     mirrored = torch.from_numpy(np.random.default_rng((seed, step, 1)).random(batch) < 0.5)
     mirrored = mirrored.tensor_split(world_size())[torch.distributed.get_rank() if world_size() > 1 else 0]
-    return torch.where(mirrored.to(x.device)[:, None, None, None], x.flip(-1), x)
+    return torch.where(mirrored.to(x.device, non_blocking=True)[:, None, None, None], x.flip(-1), x)

@@ -34,7 +34,7 @@ def picture_or_reason():
     try:
         yield
     except (OSError, RuntimeError, Damaged) as error:  # RuntimeError: LaTeX, if a matplotlibrc asks for it
-        say(f"cannot write a picture ({error}); going on without it", error=True)
+        say(f"cannot write a picture ({error}); continuing without it", error=True)
 
 
 def images_per_row(width: int) -> int:
@@ -46,8 +46,8 @@ def images_per_row(width: int) -> int:
 def save_reconstructions(path: Path, model: nn.Module, images: Tensor, title: str):
     """Draw the first images (N, C, H, W) uint8, each above its reconstruction.
 
-    With several levels, the reconstruction from each level alone comes below; with scales, those from the first 1,
-    2, ... scales come in between.
+    With several levels, further rows show each level decoded alone; with scales, the rows show the first 1, 2, ...
+    scales decoded.
     """
     columns, size = images_per_row(images.shape[-1]), images.shape[-2:]
     names = ["original", *views(model, [None] * len(model.map_names))]
@@ -78,7 +78,9 @@ def save_samples(path: Path, rows: Sequence[Tensor], title: str, names: Sequence
     return save_grid(path, [row[:SAMPLES] for row in rows[:SAMPLES]], title, names[:SAMPLES])
 
 
-def save_codes(path: Path, model: nn.Module, names: list[str], images: list, indices: list, recon: list, title: str):
+def save_codes(
+    path: Path, model: nn.Module, names: list[str], images: list, indices: list, recon: list, title: str
+) -> bool:
     """Draw a row for each image (C, H, W) uint8: original, the codes of each level or scale, reconstruction, PSNR.
 
     Args:
@@ -89,14 +91,14 @@ def save_codes(path: Path, model: nn.Module, names: list[str], images: list, ind
     figure = Figure(figsize=(2.6 * (2 + len(levels)), 2.5 * len(images) + 0.6), dpi=100, layout="constrained")
     axes = figure.subplots(len(images), 2 + len(levels), squeeze=False)
     colors = [code_colors(codebook.cpu()) for codebook in model.codebooks()]
-    for row, name, image, of_levels, made in zip(axes, names, images, indices, recon):
+    for row, name, image, level_codes, x_recon in zip(axes, names, images, indices, recon):
         original = image.float() / 255
         show_image(row[0], original, shortened_text(name))
-        for ax, level, codes, of_level in zip(row[1:], levels, of_levels, colors):
-            show_codes(ax, codes, of_level, f"{level} codes, {codes.shape[0]}x{codes.shape[1]}".strip())
-        show_image(row[-1], made, f"reconstruction, {psnr(made, original):.1f} dB")
+        for ax, level, codes, level_colors in zip(row[1:], levels, level_codes, colors):
+            show_codes(ax, codes, level_colors, f"{level} codes, {codes.shape[0]}x{codes.shape[1]}".strip())
+        show_image(row[-1], x_recon, f"reconstruction, {psnr(x_recon, original):.1f} dB")
     figure.suptitle(title, parse_math=False)
-    write_figure(figure, path)
+    return save_figure(figure, path)
 
 
 def psnr(made: Tensor, original: Tensor) -> float:
@@ -248,7 +250,7 @@ def save_prior_curves(path: Path, metrics: Path, best_step: int):
     rows = [row for _, row in read_metrics(metrics)]
     figure = Figure(figsize=(7, 4), dpi=110, layout="constrained")
     ax = figure.subplots()
-    plot_columns(ax, rows, "train_nats", label="training images (mean since the last line)")
+    plot_columns(ax, rows, "train_nats", label="training images (mean since the last row)")
     plot_columns(ax, rows, "held_out_nats", marker="o", color="tab:red", label="held-out images")
     ax.axvline(best_step, color="black", linestyle="--", linewidth=1, label="kept")
     ax.set(title="cross-entropy of a code", xlabel="step", ylabel="nats per code")
@@ -259,16 +261,11 @@ def save_prior_curves(path: Path, metrics: Path, best_step: int):
 
 def save_figure(figure: Figure, path: Path) -> bool:
     """Write a picture, or say why it cannot be written and go on. Return whether it was written."""
-    with picture_or_reason():
-        write_figure(figure, path)
-        return True
-    return False
-
-
-def write_figure(figure: Figure, path: Path):
     content = io.BytesIO()
-    with warnings.catch_warnings():
+    with picture_or_reason(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the font may lack a letter of the data set's name
         figure.savefig(content, format="png")
-    with whole_file(path) as file:
-        file.write(content.getbuffer())
+        with whole_file(path) as file:
+            file.write(content.getbuffer())
+        return True
+    return False

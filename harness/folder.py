@@ -1,4 +1,4 @@
-"""A folder of images as uint8 tensors: decoded once and kept, or read while training if they do not fit in memory.
+"""A folder of images as uint8 tensors: decoded once and cached, or read while training if they do not fit in memory.
 
 Shapes: N images, C channels
     images  (N, C, H, W) uint8
@@ -19,11 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from harness.cli import printable, say, shortened
+from harness.cli import abbreviate, printable, say
 from harness.machine import free_memory
-from harness.storage import is_ours, is_run_file, is_run_folder, make_way, read_state, write_state
+from harness.storage import is_ours, is_run_file, is_run_folder, move_aside, read_state, write_state
 
 import numpy as np
+import PIL
 import torch
 from PIL import ExifTags, Image, ImageColor, ImageOps
 from torch import Tensor
@@ -89,7 +90,7 @@ def load_folder(
 ) -> Folder:
     """Load a folder of images, which may have train/ and test/, and in them a folder per class.
 
-    Without test/, a fixed tenth of the images is the test set. Folders of runs inside it are skipped.
+    Without test/, a fixed 10% of the images is held out as the test set. Folders of runs inside it are skipped.
 
     Args:
         See `data.load_dataset`.
@@ -103,17 +104,17 @@ def load_folder(
     bad = [f"{printable(files[i].relative_to(folder))} ({reason})" for i, reason in decoded["bad"].items()]
     if bad and not skip_bad_images:
         raise ValueError(
-            f"{len(bad)} of the {len(files)} images in {printable(folder)} cannot be decoded: {shortened(bad)}; "
-            "mend or delete them, or leave them out with --skip-bad-images"
+            f"{len(bad)} of the {len(files)} images in {printable(folder)} cannot be decoded: {abbreviate(bad)}; "
+            "repair or delete them, or skip them with --skip-bad-images"
         )
     good = [i for i in range(len(files)) if i not in decoded["bad"]]
     n_train = sum(i < n_train for i in good)
     if not 0 < n_train < len(good):
         raise ValueError(
-            f"{printable(folder)} holds {len(good)} good images, {n_train} of them to train on; needs some to test on"
+            f"{printable(folder)} holds {len(good)} good images, {n_train} of them to train on; both sets need some"
         )
     if bad:
-        say(f"left out {len(bad)} images that cannot be decoded: {shortened(bad)}", error=True)
+        say(f"left out {len(bad)} images that cannot be decoded: {abbreviate(bad)}", error=True)
 
     if decoded["images"] is None:
         split = [[files[i] for i in part] for part in (good[:n_train], good[n_train:])]
@@ -136,6 +137,8 @@ def list_images(folder: Path) -> tuple[list[Path], int, list[str] | None, Tensor
     test_root = folder / "test" if separate else train_root
     if separate and train_root == folder:
         raise ValueError(f"{folder} has a folder test/ but no train/; move its other images to {folder / 'train'}")
+    if train_root != folder and (others := left_out(folder)):
+        say(f"{printable(folder)} has a folder train/, so {abbreviate(others)} beside it are left out", error=True)
     test = walk(test_root)
     # Shuffled, so that the first test images, which the figures show, come from all classes.
     test = [test[i] for i in np.random.default_rng(0).permutation(len(test))]
@@ -146,12 +149,22 @@ def list_images(folder: Path) -> tuple[list[Path], int, list[str] | None, Tensor
     loose = [path for path, part in zip(train + test, inside) if len(part.parts) == 1]
     if loose:
         if len(loose) < len(inside):
-            say(f"no classes: {len(loose)} images lie beside the folders, {printable(loose[0])} among them", error=True)
+            say(f"no classes: {len(loose)} images are not in a class folder, such as {printable(loose[0])}", error=True)
         return train + test, len(train), None, None
     classes = sorted({path.parts[0] for path in inside})
     number = {name: i for i, name in enumerate(classes)}
     labels = torch.tensor([number[path.parts[0]] for path in inside])
     return train + test, len(train), [printable(name) for name in classes], labels
+
+
+def left_out(folder: Path) -> list[str]:
+    """Return the names of folders and images that lie beside train/ and test/."""
+    others = [path for path in sorted(folder.iterdir()) if path.name not in ("train", "test") and path.name[0] != "."]
+    return [
+        printable(path.name)
+        for path in others
+        if (path.is_dir() and not is_run_folder(path)) or (path.suffix.lower() in ENDINGS and not is_run_file(path))
+    ]
 
 
 def walk(root: Path) -> list[Path]:
@@ -171,8 +184,8 @@ def walk(root: Path) -> list[Path]:
         paths = [path for path in paths if path.suffix.lower() in ENDINGS and not is_special(path)]
         if is_run_folder(parent):
             if others := [path for path in paths if not is_run_file(path)]:
-                found = f"{len(others)} images of another origin, {printable(min(others).name)} among them"
-                raise ValueError(f"{printable(parent)} is the folder of a run, but holds {found}; keep them apart")
+                found = f"{len(others)} images that it did not write, such as {printable(min(others).name)}"
+                raise ValueError(f"{printable(parent)} is the folder of a run, but holds {found}; move them")
             folders.clear()
             continue
         images += paths
@@ -181,7 +194,7 @@ def walk(root: Path) -> list[Path]:
         folders[:] = [name for name in inner if os.path.realpath(parent / name) not in above]  # links may loop
     images.sort()
     if not images and is_run_folder(root):
-        raise ValueError(f"{printable(root)} is the folder of a run, whose pictures are no images to read")
+        raise ValueError(f"{printable(root)} is the folder of a run; its pictures are not read as images")
     if not images:
         raise ValueError(f"{printable(root)} holds no images ({', '.join(ENDINGS)})")
     return images
@@ -216,12 +229,13 @@ def decode_folder(
         digests: of the content of each file that can be decoded.
         key: the state of the folder and the decoder for which the kept images are valid.
     """
-    key = [DECODER, str(folder.resolve()), image_size, background, n_train, times_digest(folder, files)]
-    if (kept := kept_images(cache, key, len(files), limit)) is not None:
+    decoder = f"{DECODER}, Pillow {PIL.__version__}"
+    key = [decoder, str(folder.resolve()), image_size, background, n_train, times_digest(folder, files)]
+    if (kept := read_cache(cache, key, len(files), limit)) is not None:
         return kept
 
     with pillow_warnings():
-        headers = dict(enumerate(attempts(lambda path: read_header(path, background), files, "reading sizes")))
+        headers = dict(enumerate(try_each(lambda path: read_header(path, background), files, "reading sizes")))
         bad = {i: header for i, header in headers.items() if isinstance(header, str)}
         good = {i: header for i, header in headers.items() if i not in bad}
         shape = common_shape(files, good, bad, image_size, background)
@@ -238,7 +252,7 @@ def decode_folder(
         images = torch.empty(len(files) if keep else 0, *shape, dtype=torch.uint8)
         counts, digests = torch.zeros(shape[0], 256, dtype=torch.int64), []
         candidates = [i for i in range(len(files)) if i not in bad]
-        for i, result in zip(candidates, attempts(measure, [files[i] for i in candidates], "decoding")):
+        for i, result in zip(candidates, try_each(measure, [files[i] for i in candidates], "decoding")):
             if isinstance(result, str):
                 bad[i] = result
                 continue
@@ -254,14 +268,14 @@ def decode_folder(
     if cache and not bad:  # with bad files, the next run tries again
         try:
             if cache.exists() and not is_ours(cache):
-                make_way(cache.parent, (cache.name,), "another program wrote it", what=cache.name)
+                move_aside(cache.parent, (cache.name,), "another program wrote it", what=cache.name)
             write_state(cache, decoded)
         except OSError as error:
             say(f"cannot keep the decoded images for the next run ({error})", error=True)
     return decoded
 
 
-def kept_images(cache: Path | None, key: list, count: int, limit: float) -> dict | None:
+def read_cache(cache: Path | None, key: list, count: int, limit: float) -> dict | None:
     """Return what an earlier run decoded, or None if it does not match or is damaged."""
     with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
         decoded, _ = read_state(cache, mmap=True)
@@ -276,15 +290,17 @@ def kept_images(cache: Path | None, key: list, count: int, limit: float) -> dict
 
 
 def times_digest(folder: Path, files: list[Path]) -> str:
-    """Return a digest of the files' names, sizes and modification times, in order, without reading their content."""
+    """Return a digest of the files' names, sizes and times of change, in order, without reading their content."""
     digest = hashlib.sha256()
     for path in files:
-        size, changed = (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else (0, 0)
-        digest.update(os.fsencode(f"{path.relative_to(folder)}\0{size}\0{changed}\0"))
+        # A copy may keep the time of modification, but never that of change.
+        state = path.stat() if path.exists() else None
+        known = state and (state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+        digest.update(os.fsencode(f"{path.relative_to(folder)}\0{known}\0"))
     return digest.hexdigest()
 
 
-def attempts(function: Callable, paths: list[Path], what: str) -> Iterator:
+def try_each(function: Callable, paths: list[Path], what: str) -> Iterator:
     """Yield function(path) for each path in order, or a str that says why it failed; uses threads, shows progress."""
 
     def attempt(path):
@@ -306,24 +322,24 @@ def attempts(function: Callable, paths: list[Path], what: str) -> Iterator:
 def common_shape(
     files: list[Path], headers: dict, bad: dict, image_size: int | None, background: str
 ) -> tuple[int, int, int]:
-    """Return (C, H, W) of all images from their headers, adding to `bad` those that differ because they are broken."""
+    """Return the (C, H, W) that all images have by their headers; add those that differ and are broken to `bad`."""
     if not headers:
         found = [f"{printable(files[i])} ({reason})" for i, reason in bad.items()]
-        raise ValueError(f"none of the images can be decoded: {shortened(found)}")
+        raise ValueError(f"none of the images can be decoded: {abbreviate(found)}")
     channels = 1 if all(grey for _, _, grey in headers.values()) else 3
     if image_size is not None:
         return channels, image_size, image_size
     sizes = Counter((height, width) for height, width, _ in headers.values())
     height, width = sizes.most_common(1)[0][0]
     odd = [i for i, header in headers.items() if header[:2] != (height, width)]
-    again = attempts(
+    again = try_each(
         lambda path: decode(path, channels, None, background), [files[i] for i in odd], "reading odd sizes"
     )
     bad |= {i: result for i, result in zip(odd, again) if isinstance(result, str)}
     sizes = Counter(header[:2] for i, header in headers.items() if i not in bad)
     if len(sizes) > 1:
         found = [f"{width}x{height} ({n:,} images)" for (height, width), n in sizes.most_common()]
-        raise ValueError(f"the images differ in size: {shortened(found)}; give one with --image-size")
+        raise ValueError(f"the images differ in size: {abbreviate(found)}; give one with --image-size")
     return channels, height, width
 
 
@@ -334,7 +350,7 @@ def read_header(path: Path, background: str) -> tuple[int, int, bool]:
     """Return an image's height and width, and whether it is grey."""
     with Image.open(path, formats=FORMATS) as image:
         width, height = image.size
-        # Skip squares, whose size stays the same when turned: for a PNG, finding out would read all pixels.
+        # Skip squares: turning does not change their size, and to find a PNG's orientation Pillow reads all its pixels.
         turns = width != height and image.format != "TIFF"  # Pillow turns TIFF files itself
         turned = turns and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         grey = image.mode in GREY_MODES and (is_grey(background) or not image.has_transparency_data)
@@ -397,7 +413,7 @@ def pillow_warnings():
 def reason_of(error: Exception) -> str:
     """Return an exception's message on one line, without the memory addresses of Pillow's buffers."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return "not an image, or one of a kind that is not read here" if "_io.BytesIO object" in text else printable(text)
+    return "not an image, or in an unsupported format" if "_io.BytesIO object" in text else printable(text)
 
 
 def resize_and_crop(image, size: int | tuple[int, int]):
@@ -440,11 +456,10 @@ def read_images(
             try:
                 if is_special(path):
                     raise ValueError("it is a folder or a pipe, not a file")
-                image = decode(path, channels, None, background)
-                if size and image.shape[1:] != size:
-                    image, resized = decode(path, channels, size, background), resized + 1
+                resized += size is not None and read_header(path, background)[:2] != size
+                image = decode(path, channels, size, background)
             except FileNotFoundError:
-                raise ValueError(f"{printable(path)} is not there") from None
+                raise ValueError(f"{printable(path)} does not exist") from None
             except Exception as error:  # damaged files surface as almost any exception
                 raise ValueError(f"{printable(path)} cannot be decoded ({reason_of(error)})") from error
             images.append(image)

@@ -6,6 +6,7 @@ import datetime
 import gc
 import math
 import os
+import re
 import shutil
 import time
 import uuid
@@ -18,6 +19,10 @@ import torch.distributed as dist
 from torch import nn
 
 CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # bytes
+# What torch says in plain RuntimeErrors, when a rank has died and when the memory is used up
+LOST_RANK = re.compile("gloo|nccl|peer|connection|socket", re.IGNORECASE)
+NO_MEMORY = re.compile("can't allocate memory|out of memory|not enough memory", re.IGNORECASE)
+PATIENCE = datetime.timedelta(hours=2)  # of ranks: rank 0 may have a million images to decode or to measure
 
 
 def pick_device(device: str = "auto", precision: str = "auto", compile: bool = False) -> tuple[torch.device, str]:
@@ -46,7 +51,7 @@ def pick_device(device: str = "auto", precision: str = "auto", compile: bool = F
         fast_bfloat16 = False
     variable, compiler = {"cpu": ("CXX", "g++")}.get(device, ("CC", "gcc"))
     if compile and not shutil.which(os.environ.get(variable, compiler)):
-        raise ValueError(f"--compile needs a compiler: install {compiler}, name another by {variable}, or leave it out")
+        raise ValueError(f"--compile needs a compiler: install {compiler}, set {variable} to another, or leave it out")
     if precision == "auto":
         precision = "bfloat16" if fast_bfloat16 else "float32"
     return torch.device(device), precision
@@ -76,15 +81,20 @@ def check_memory(make_model: Callable[[], nn.Module], device: torch.device):
 
 
 def check_room(needed: float, what: str, remedy: str, device: torch.device | None = None):
-    """Raise ValueError if what a flag asks for needs more bytes than the memory has."""
+    """Raise ValueError if a flag asks for more bytes than this machine's memory has."""
     if device is not None and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
     else:
         total = min(psutil.virtual_memory().total, container_limit())
     if needed > total:
         raise ValueError(
-            f"{what} takes {needed / 1e9:,.0f} GB or more, but the memory has {total / 1e9:,.0f}; {remedy}"
+            f"{what} takes at least {needed / 1e9:,.0f} GB, but the memory has {total / 1e9:,.0f}; {remedy}"
         )
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Return whether an error says that the memory of the machine or of the GPU is used up."""
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and bool(NO_MEMORY.search(str(error)))
 
 
 def cpu_count() -> int:
@@ -109,9 +119,8 @@ def join_ranks(device: torch.device) -> tuple[int, str]:
     store, rank, ranks = next(dist.rendezvous("env://"))
     job = job_name(store, rank)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    patience = datetime.timedelta(hours=2)  # rank 0 may have a million images to decode
     store = fresh_store(store, rank, ranks)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=patience)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=PATIENCE)
     atexit.register(leave_ranks)
     return rank, job
 
@@ -144,6 +153,12 @@ def fresh_store(store: dist.Store, rank: int, ranks: int) -> dist.Store:
     return dist.PrefixStore(attempt, store)
 
 
+def lost_rank(error: BaseException | None) -> bool:
+    """Return whether an error says that another rank has died."""
+    told = isinstance(error, RuntimeError) and world_size() > 1 and bool(LOST_RANK.search(str(error)))
+    return told or isinstance(error, dist.DistError)
+
+
 def leave_ranks():
     """Destroy the process groups and what refers to them: threads that outlive the interpreter may abort it."""
     dist.destroy_process_group()
@@ -156,7 +171,10 @@ def check_equal_on_ranks(value, what: str):
         values = [None] * world_size()
         dist.all_gather_object(values, value)
         if any(other != value for other in values):
-            raise ValueError(f"the processes differ in {what}: {', '.join(map(str, values))}; give all the same")
+            found = ", ".join(map(str, values))
+            raise ValueError(
+                f"the processes differ in {what}: {found}; start all with the same flags, code and folders"
+            )
 
 
 def from_rank_0(value=None):

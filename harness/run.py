@@ -9,7 +9,6 @@ import contextlib
 import functools
 import json
 import os
-import re
 import signal
 import sys
 import time
@@ -20,7 +19,16 @@ from harness import storage
 from harness.cli import check_values, command, fail, number, printable, say, user_errors
 from harness.data import NAMES, batch_indices, batches
 from harness.folder import Images
-from harness.machine import check_equal_on_ranks, from_rank_0, join_ranks, pick_device, world_size
+from harness.machine import (
+    PATIENCE,
+    check_equal_on_ranks,
+    from_rank_0,
+    join_ranks,
+    lost_rank,
+    out_of_memory,
+    pick_device,
+    world_size,
+)
 
 import numpy as np
 import torch
@@ -48,8 +56,7 @@ RESUME_MAY_CHANGE = {
     "tensorboard",
 }
 RESUME_MAY_CHANGE |= {"resume", "fresh", *LEARNING_RATES}
-LOST_RANK = re.compile("gloo|nccl|peer|connection|socket", re.IGNORECASE)  # in torch's errors after a rank has died
-FIRST_LINE = 5  # seconds of training until a first line says how long the rest will take
+FIRST_LINE = 5  # seconds of training before the first line, which estimates the time left
 
 
 def add_run_flags(parser: argparse.ArgumentParser, steps: int, batch_size: int):
@@ -57,15 +64,15 @@ def add_run_flags(parser: argparse.ArgumentParser, steps: int, batch_size: int):
     positive, switch = number(int, 1, 2**31), argparse.BooleanOptionalAction
     group = parser.add_argument_group("run")
     group.add_argument(
-        "--steps", type=positive, default=steps, help="training steps; the learning rate falls to 0 there"
+        "--steps", type=positive, default=steps, help="training steps; the learning rate decays to 0 at the end"
     )
-    group.add_argument("--batch-size", type=positive, default=batch_size, help="images per step over all processes")
+    group.add_argument("--batch-size", type=positive, default=batch_size, help="global batch size, over all processes")
     group.add_argument("--seed", type=number(int, 0, 2**63), default=0, help="seed of weights, batches and samples")
-    group.add_argument("--fresh", action="store_true", help="start anew where the same command would go on")
+    group.add_argument("--fresh", action="store_true", help="start over; do not resume the run in the folder")
     group.add_argument(
         "--resume",
         metavar="RUN",
-        help="folder of a run to go on with by its own flags; some may change, such as --steps and the learning rates",
+        help="folder of a run to resume with its own flags; some may change, such as --steps and the learning rates",
     )
     group.add_argument("--save-every", type=positive, default=1000, help="steps between pictures and checkpoints")
     group.add_argument("--log-every", type=positive, default=100, help="steps between lines of metrics")
@@ -75,7 +82,7 @@ def add_run_flags(parser: argparse.ArgumentParser, steps: int, batch_size: int):
         "--precision",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="of the network; auto: bfloat16 if the hardware computes in it",
+        help="precision of the network; auto: bfloat16 if the hardware supports it",
     )
     group.add_argument("--compile", action=switch, default=False, help="compile the network; of no use on a CPU")
 
@@ -86,7 +93,7 @@ def parse_run_args(parser: argparse.ArgumentParser, argv: list[str] | None, name
     if args.resume is None:
         return args
     if args.fresh:
-        parser.error("--fresh starts anew and --resume goes on; leave out one of them")
+        parser.error("--fresh starts over and --resume continues; leave out one of them")
     try:
         checkpoint = storage.load_checkpoint(args.resume, name)
         check_values(parser, vars(args) | checkpoint["args"], checkpoint["path"])
@@ -102,7 +109,7 @@ def parse_run_args(parser: argparse.ArgumentParser, argv: list[str] | None, name
             parser.error(
                 f"{flag} is {getattr(args, option)}, but the run in {args.resume} has {value}; leave out {flag}"
             )
-    if finished(args.resume, name, checkpoint["progress"], args.steps):
+    if is_finished(args.resume, name, checkpoint["progress"], args.steps):
         parser.error(
             f"the run in {args.resume} has done its {checkpoint['progress']['step']} steps; give more with --steps"
         )
@@ -113,12 +120,12 @@ def flag_of(option: str) -> str:
     return "--" + option.replace("_", "-")
 
 
-def finished(folder: str | Path, name: str, progress: dict, steps: int) -> bool:
+def is_finished(folder: str | Path, name: str, progress: dict, steps: int) -> bool:
     """Return whether a run has done its steps and written its summary, or has none to write."""
     if progress["step"] != steps or not progress["reports"]:
         return progress["step"] >= steps
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # the summary of fewer steps may still be there
-        return json.loads(Path(folder, SUMMARY[name]).read_text(encoding="utf-8"))["steps"] == steps
+        return json.loads(storage.read_text(Path(folder, SUMMARY[name])))["steps"] == steps
     return False
 
 
@@ -132,7 +139,7 @@ class Means:
         """Add a step's values; `share` is this rank's share of the batch."""
         self.steps += 1
         if self.sums and {k: v.shape for k, v in values.items()} != {k: v.shape for k, v in self.sums.items()}:
-            raise storage.Damaged("the checkpoint's means are not those of this run; start anew with --fresh")
+            raise storage.Damaged("the checkpoint's means are not those of this run; start over with --fresh")
         for name, value in values.items():
             value = value.detach() * share
             self.sums[name] = self.sums[name].to(value.device) + value if name in self.sums else value
@@ -196,41 +203,41 @@ class Run:
         from_rank_0()  # nobody reads the folder before it is locked
         self.code = storage.code_digest()
         self.checkpoint, self.reason = self._find_checkpoint()
+        check_equal_on_ranks(self.code, "their code")
+        check_equal_on_ranks(self.checkpoint and self.checkpoint["digest"], f"the checkpoint in {self.folder}")
         self.step, self.logged, self.saved, self.unreported = 0, 0, None, False
         self.seconds = 0.0  # of training, up to the last log or save
         self.kept, self.signals, self.parent = {}, [], os.getppid()
         self._open = contextlib.ExitStack()
 
     def _find_checkpoint(self) -> tuple[dict | None, str]:
-        """Return the checkpoint to go on from, or None and the reason why the run in the folder is moved aside."""
+        """Return the checkpoint to resume from, or None and the reason why the run in the folder is moved aside."""
         if self.args.resume is not None:
             checkpoint = storage.load_checkpoint(self.folder, self.name)
             # Keep what was typed at first unless the user changes it now, so that the first command can go on as well.
             typed = {k: v for k, v in checkpoint["typed"].items() if self.typed.get(k) == checkpoint["args"].get(k)}
             self.typed |= typed
             return checkpoint, ""
-        if self.args.fresh:
-            with contextlib.suppress(ValueError):
-                checkpoint = storage.load_checkpoint(self.folder, self.name)
-                if self.job and checkpoint.get("job") == self.job:  # started with --fresh, then restarted by torchrun
-                    return checkpoint, ""
-            return None, "--fresh"
         if not storage.checkpoint_path(self.folder, self.name).exists():
-            return None, ""
+            return None, "--fresh" * self.args.fresh
         try:
             checkpoint = storage.load_checkpoint(self.folder, self.name)
-        except storage.OtherVersion as error:
-            return None, str(error)
         except ValueError as error:
-            raise ValueError(f"{error}; or start anew with --fresh") from error
-        if finished(self.folder, self.name, checkpoint["progress"], checkpoint["args"]["steps"]):
+            if self.args.fresh or isinstance(error, storage.OtherVersion):
+                return None, "--fresh" if self.args.fresh else str(error)
+            raise ValueError(f"{error}; or start over with --fresh") from error
+        if self.job and checkpoint.get("job") == self.job:  # restarted by torchrun: the same flags, even if finished
+            return checkpoint, ""
+        if self.args.fresh:
+            return None, "--fresh"
+        if is_finished(self.folder, self.name, checkpoint["progress"], checkpoint["args"]["steps"]):
             return None, "it is finished"
         own = {"fresh", "resume", FOLDER_OPTION[self.name]}
         changed = [option for option, value in self.typed.items() if checkpoint["typed"].get(option) != value]
         if changed := [flag_of(option) for option in changed if option not in own]:
             return None, f"it was started with other flags ({', '.join(changed)})"
         if checkpoint["code"] != self.code:
-            return None, "the code has changed since; --resume would have gone on"
+            return None, "the code has changed since; --resume would have resumed it"
         return checkpoint, ""
 
     def begin(self, count: int, what: str, **identity):
@@ -245,17 +252,21 @@ class Run:
             ValueError: the batch size is out of range, or the run to resume has another identity.
         """
         if not self.world_size <= self.args.batch_size <= count:
-            bounds = f"{self.world_size} (processes) to {count} (training images)"
-            raise ValueError(f"--batch-size {self.args.batch_size} is not from {bounds}")
+            bounds = f"{self.world_size} (processes) and {count} (training images)"
+            raise ValueError(f"--batch-size {self.args.batch_size} is not between {bounds}")
         for name, value in identity.items():
             check_equal_on_ranks(value, name)
         self.identity = identity
         if self.checkpoint:
             changed = [name for name, value in identity.items() if self.checkpoint["identity"].get(name) != value]
             if changed and self.args.resume is not None:
-                raise ValueError(f"the run in {self.folder} cannot go on: its {', '.join(changed)} changed")
+                raise ValueError(f"the run in {self.folder} cannot be resumed: its {', '.join(changed)} changed")
             if changed:
                 self.checkpoint, self.reason = None, f"its {', '.join(changed)} changed"
+        for option in LEARNING_RATES if self.checkpoint else ():
+            rate = self.checkpoint["args"].get(option)
+            if option in self.typed and self.typed[option] is None and isinstance(rate, float):
+                setattr(self.args, option, rate)  # not that of the present --steps, which --resume may have changed
         if self.args.tensorboard:
             summary_writer()
             try:
@@ -263,23 +274,23 @@ class Run:
             except UnicodeEncodeError:  # TensorBoard itself fails only after the earlier run is moved
                 reason = f"--tensorboard needs a folder whose name Python reads as UTF-8, unlike {self.folder}"
                 raise ValueError(f"{reason}; set PYTHONUTF8=1 or name another folder") from None
-        self.control = dist.new_group(backend="gloo") if self.world_size > 1 else None
+        self.control = dist.new_group(backend="gloo", timeout=PATIENCE) if self.world_size > 1 else None
         self._catch_signals()
         if self.rank == 0:
             if self.checkpoint is None:
-                storage.make_way(self.folder, FILES[self.name], self.reason)
+                storage.move_aside(self.folder, FILES[self.name], self.reason)
             where = f"{self.device.type} in {self.args.precision}"
             where += f", {self.world_size} processes" if self.world_size > 1 else ""
             if self.checkpoint and self.name == storage.CHECKPOINT:
-                storage.tell_of_prior(self.folder)
-            going_on = f", going on from step {self.checkpoint['progress']['step']:,}" if self.checkpoint else ""
-            say(f"training on {count:,} {what}, on {where}{going_on}")
+                storage.warn_of_stale_prior(self.folder)
+            resuming = f", resuming from step {self.checkpoint['progress']['step']:,}" if self.checkpoint else ""
+            say(f"training on {count:,} {what}, on {where}{resuming}")
         from_rank_0()
 
     def _catch_signals(self):
         """Remember signals that ask the run to stop. A second Ctrl-C ends the process at once.
 
-        But not under torchrun: it passes signals on to processes that may have received them already.
+        Under torchrun it does not: torchrun forwards signals to processes that may have received them already.
         """
 
         signals = self.signals  # not self: what a handler refers to lives as long as the process
@@ -291,8 +302,11 @@ class Run:
 
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # SIGHUP: a closed terminal; Windows has none
             signum = getattr(signal, name, None)
-            if signum and (name != "SIGHUP" or signal.getsignal(signum) != signal.SIG_IGN):  # nohup ignores it
-                signal.signal(signum, remember)
+            ignored = name != "SIGTERM" and signum and signal.getsignal(signum) == signal.SIG_IGN
+            if signum and not ignored:  # nohup ignores SIGHUP, a script's background job SIGINT
+                before = signal.signal(signum, remember)
+                if not dist.is_torchelastic_launched():
+                    self._open.callback(signal.signal, signum, before or signal.SIG_DFL)
 
     def keep(self, **kept):
         """Save these under their names in each checkpoint; if the run is resumed, restore them first.
@@ -315,9 +329,11 @@ class Run:
                 self.step, self.logged, self.seconds = (progress[name] for name in ("step", "logged", "seconds"))
                 self.saved, self.unreported = self.step, progress["reports"]
             except Exception as error:  # a mismatch can raise almost any exception
+                if out_of_memory(error):
+                    raise
                 path = storage.checkpoint_path(self.folder, self.name)
                 reason = " ".join(str(error).split())[:200]
-                raise ValueError(f"{path} does not fit this version ({reason}); start anew with --fresh") from error
+                raise ValueError(f"{path} does not fit this version ({reason}); start over with --fresh") from error
             if self.rank == 0:  # steps after the checkpoint will run again
                 storage.trim_metrics(self.folder / METRICS[self.name], self.logged)
         self.checkpoint = None
@@ -340,7 +356,7 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.precision == "bfloat16")
 
     def schedule(self, step: int) -> float:
-        """Return a step's learning rate as a share of the highest: linear warm-up, then linear decay."""
+        """Return a step's learning rate as a share of the peak: linear warm-up, then linear decay."""
         warm_up = min(1.0, step / (0.03 * self.args.steps))
         return warm_up * (1 - (step - 1) / self.args.steps)
 
@@ -368,7 +384,7 @@ class Run:
             self.step += 1
             yield self.step, batch
             self.bar.update()
-            if not self._spoke and time.perf_counter() - self._began - self.seconds > FIRST_LINE:
+            if not self._has_shown and time.perf_counter() - self._began - self.seconds > FIRST_LINE:
                 self.show("")
             signum = self._agreed_signal()
             if signum and self.step < self.args.steps:
@@ -376,7 +392,7 @@ class Run:
                     self.save()
                 self.bar.close()
                 if self.rank == 0:
-                    say(f"stopped at step {self.step}; run the same command again to go on")
+                    say(f"stopped at step {self.step}; run the same command again to resume")
                 sys.exit(128 + signum)
 
     def logs_at(self, step: int) -> bool:
@@ -427,7 +443,7 @@ class Run:
             for name, value in numbers.items():
                 self.writer.add_scalar(name, value, self.step)
         self.logged = self.step
-        self.show(", ".join(f"{name} {short(value)}" for name, value in numbers.items()))
+        self.show(", ".join(f"{name} {format_number(value)}" for name, value in numbers.items()))
 
     def log_picture(self, name: str, path: Path):
         """Show a picture in TensorBoard, if --tensorboard asks for it."""
@@ -439,11 +455,11 @@ class Run:
         if self.rank > 0 or self.step == self._first:
             return
         self._read_clock()
-        self._spoke = True
+        self._has_shown = True
         passed = time.perf_counter() - self._began
         rate = self.step * self.args.batch_size / passed
         left = passed / self.step * (self.args.steps - self.step)
-        text = ", ".join(filter(None, (text, f"{rate:,.0f} images/s, {duration(left)} left")))
+        text = ", ".join(filter(None, (text, f"{rate:,.0f} images/s, {format_duration(left)} left")))
         self.bar.set_postfix_str(text)
         if self.bar.disable:
             say(f"step {self.step}/{self.args.steps}: {text}")
@@ -487,12 +503,15 @@ class Run:
             folder = self.folder / TENSORBOARD[self.name]
             with user_errors():
                 self.writer = self._open.enter_context(summary_writer()(folder, purge_step=self.logged + 1))
-        self.bar, self._spoke = self._open.enter_context(contextlib.closing(bar)), False
+        self.bar, self._has_shown = self._open.enter_context(contextlib.closing(bar)), False
         return self
 
     def __exit__(self, _type, error, _traceback):
         """Close the workers and unlock the folder. Errors that a user can fix end the run in one line, exit code 1."""
-        self._open.close()
+        try:
+            self._open.close()
+        except OSError as failed:  # TensorBoard's writer, on a full disk
+            error = error or failed
         if self.lock:
             self.lock.release(force=True)
         if reason := self._reason(error):
@@ -500,13 +519,16 @@ class Run:
             if isinstance(error, storage.Damaged):  # its message names the remedy
                 fail(message, code=1)
             with contextlib.suppress(ValueError, OSError):
-                saved = storage.load_checkpoint(self.folder, self.name)["progress"]["step"]
+                progress = storage.load_checkpoint(self.folder, self.name)["progress"]
+                if is_finished(self.folder, self.name, progress, self.args.steps):
+                    fail(message, code=1)
+                saved = progress["step"]
                 diverged = isinstance(error, FloatingPointError)
                 if diverged and saved == self.step:  # finite weights, infinite results
-                    message += "; its checkpoint would diverge again: start anew with --fresh and a lower rate"
+                    message += "; its checkpoint would diverge again: start over with --fresh and a lower rate"
                 else:
                     message += (
-                        f"; the checkpoint of step {saved} is whole, to go on: {self._command_to_go_on(diverged)}"
+                        f"; the checkpoint of step {saved} is intact; to resume: {self._resume_command(diverged)}"
                     )
             fail(message, code=1)
 
@@ -516,14 +538,14 @@ class Run:
         if isinstance(error, FloatingPointError):
             return "diverged", text
         if isinstance(error, OSError | storage.Damaged):
-            return "cannot go on", text
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+            return "cannot continue", text
+        if out_of_memory(error):
             return "out of memory", "make --batch-size or the model smaller"
-        if isinstance(error, RuntimeError) and self.world_size > 1 and LOST_RANK.search(text):
-            return "cannot go on", "another process of this run has ended"
+        if lost_rank(error):
+            return "cannot continue", "another process of this run has ended"
         return None
 
-    def _command_to_go_on(self, diverged: bool) -> str:
+    def _resume_command(self, diverged: bool) -> str:
         start = "" if self.world_size == 1 else "torchrun ..."
         words = ["--resume", self.folder]
         for option in LEARNING_RATES if diverged else ():  # with the same rates, it would diverge again
@@ -562,12 +584,12 @@ def summary_writer() -> type:
     return SummaryWriter
 
 
-def short(value: float) -> str:
+def format_number(value: float) -> str:
     """Format a logged number: 0.01234, 512, 34,350."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Format a duration: 40 s, 12 min, 3.5 h."""
     if seconds < 100:
         return f"{seconds:.0f} s"

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, checkpoints that carry their own digest, and the folder of a run."""
+"""Atomic file writes, checkpoints that carry their own digest, and the folder of a run."""
 
 import contextlib
 import csv
@@ -60,7 +60,7 @@ class OtherVersion(ValueError):
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
+def add_path_to_errors(path: Path) -> Iterator[None]:
     """Add the path to an OSError that names none, such as "No space left on device"."""
     try:
         yield
@@ -79,7 +79,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with naming(path), open(temporary, "xb") as file:  # x: never follow a link that lies there
+        with add_path_to_errors(path), open(temporary, "xb") as file:  # x: never follow a link that lies there
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -182,26 +182,32 @@ def new_folder(path: str | Path | None) -> Iterator[Path | None]:
     """Yield a temporary folder that becomes `path` when the block ends, so `path` is never half full; None yields None.
 
     Raises:
-        ValueError: `path` exists and is not an empty folder.
+        ValueError: `path` exists and is not an empty folder, or is a mount point, to which nothing can be renamed.
+        OSError: something was written to `path` meanwhile; the message names the folder that holds the files.
     """
     if path is None:
         yield None
         return
     given, path = path, Path(os.path.realpath(path))  # follow a link
-    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir()) and not path.samefile(os.curdir)):
-        raise ValueError(f"--out {given} is there already; name a new folder")
+    empty = path.is_dir() and not any(path.iterdir()) and not path.samefile(os.curdir) and not os.path.ismount(path)
+    if os.path.lexists(path) and not empty:
+        raise ValueError(f"--out {given} exists already; name a new folder")
     for left in path.parent.glob(glob.escape(path.name) + TEMPORARY[1:]):
-        say(f"{left} is half of an --out that was killed; delete it, unless one is being written now", error=True)
+        say(f"{left} was left by an --out that was killed; delete it, unless a command is still writing it", error=True)
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         temporary.mkdir(parents=True)
-        with naming(path):
+        with add_path_to_errors(path):
             yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    try:
         with contextlib.suppress(FileNotFoundError):
             path.rmdir()  # it is empty
         temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:  # something was put there meanwhile
+        raise OSError(f"{path} cannot be written ({error.strerror}); the files are in {temporary}") from error
 
 
 # Checkpoints
@@ -244,7 +250,7 @@ def is_sums(value) -> bool:
 PROGRESS = {"step": is_count, "logged": is_count, "seconds": float, "reports": bool}
 CONTENTS = {"name": str, "code": str, "args": is_plain, "typed": is_plain, "progress": PROGRESS, "model": is_tensors}
 CONTENTS |= {"means": {"steps": is_count, "sums": is_sums}, "random": is_tensors}
-OF_KIND = {
+KIND_CONTENTS = {
     CHECKPOINT: {
         "args": {"steps": is_count, "dataset": str},
         "identity": {"images": str, "image_shape": is_shape, "class_names": is_names},
@@ -272,13 +278,16 @@ def save_checkpoint(folder: Path, state: dict, name: str = CHECKPOINT, keep_prev
         raise FloatingPointError("the weights or the optimizer's moments are NaN or infinite; lower the learning rate")
     path = checkpoint_path(folder, name)
     if keep_previous and path.exists():
+        previous = checkpoint_path(folder, name, previous=True)
         copy = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
         try:
             os.link(path, copy)
+            os.replace(copy, previous)
+            copy.unlink(missing_ok=True)  # a rename does nothing if both link to one file, as after a kill right here
         except OSError:  # a file system without hard links
-            shutil.copyfile(path, copy)
-        os.replace(copy, checkpoint_path(folder, name, previous=True))
-        copy.unlink(missing_ok=True)  # a rename does nothing if both link to one file, as after a kill right here
+            copy.unlink(missing_ok=True)
+            with open(path, "rb") as source, whole_file(previous) as file:
+                shutil.copyfileobj(source, file)
     write_state(path, {"format": FORMAT, **state})
 
 
@@ -307,7 +316,7 @@ def load_checkpoint(folder: str | Path, name: str = CHECKPOINT) -> dict:
         except ValueError:
             raise error from None
         copy = shlex.join(["cp", "--", str(previous), str(path)])
-        raise ValueError(f"{error}; to go on from step {step} instead: {copy}") from error
+        raise ValueError(f"{error}; to resume from step {step} instead: {copy}") from error
 
 
 def read_checkpoint(path: Path, name: str) -> dict:
@@ -322,7 +331,7 @@ def read_checkpoint(path: Path, name: str) -> dict:
         raise Damaged(f"{path} is not a checkpoint of this project; {remedy}")
     if state["format"] != FORMAT:
         raise other_version(path, state["format"])
-    if not (fits(state, CONTENTS) and state["name"] == name and fits(state, OF_KIND[name]) and sound(state)):
+    if not (fits(state, CONTENTS) and state["name"] == name and fits(state, KIND_CONTENTS[name]) and sound(state)):
         raise Damaged(f"{path} does not hold what {SCRIPTS[name]} saves; {remedy}")
     return state | {"digest": digest, "path": str(path)}
 
@@ -342,7 +351,7 @@ def other_version(path: Path, found: int) -> OtherVersion:
 def code_digest() -> str:
     """Return a digest of the project's own code, on which a run's result depends."""
     root, digest = Path(__file__).parents[1], hashlib.sha256()
-    for path in sorted([*root.glob("*.py"), *root.glob("harness/*.py")]):
+    for path in sorted([*root.glob("[!.]*.py"), *root.glob("harness/[!.]*.py")]):  # editors leave hidden ones
         digest.update(f"{path.relative_to(root).as_posix()}\n".encode() + path.read_bytes())
     return digest.hexdigest()
 
@@ -360,20 +369,20 @@ def writable_folder(path: str | Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise NotADirectoryError(f"{folder} is, or is inside, a file, and needs to be a folder") from error
+        raise NotADirectoryError(f"{folder} needs to be a folder, but is a file or inside one") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(f"cannot write to the folder {folder}; change its permissions or choose another")
     return folder
 
 
 def refuse_weights_only(folder: str | Path):
-    """Raise ValueError if a folder holds weights without an optimizer: they are for use, not for training."""
+    """Raise ValueError if a folder holds exported weights: without an optimizer, they cannot be trained further."""
     try:
         checkpoint = load_checkpoint(folder)
     except ValueError:  # nothing to protect
         return
     if checkpoint.get("weights_only"):
-        raise ValueError(f"{folder} holds weights to use, not to train on; name another folder")
+        raise ValueError(f"{folder} holds exported weights, which cannot be trained further; name another folder")
 
 
 def is_run_folder(folder: Path) -> bool:
@@ -387,17 +396,18 @@ def is_run_file(path: Path) -> bool:
 
 def lock_owner(folder: Path) -> tuple[int | None, bool]:
     """Return the process that locked a folder last, None if unknown, and whether it is alive."""
-    try:
-        pid = int((folder / ".lock.pid").read_text(encoding="utf-8"))
-        return pid, psutil.pid_exists(pid)
-    except (OSError, ValueError, OverflowError):
-        return None, False
+    pid = None
+    with contextlib.suppress(OSError, ValueError, OverflowError, psutil.Error):
+        number, started = read_text(folder / ".lock.pid").split()
+        pid = int(number)
+        return pid, abs(psutil.Process(pid).create_time() - float(started)) < 1  # else another process has the number
+    return pid, False
 
 
 def check_owner(folder: Path):
     """Raise Damaged if a folder that this process has locked was moved: another run may be in its place."""
     if lock_owner(folder)[0] != os.getpid():
-        raise Damaged(f"{folder} was moved, or another run took its place; go on with --resume and its new name")
+        raise Damaged(f"{folder} was moved, or another run took its place; resume it with --resume and its new name")
 
 
 def lock_folder(folder: Path) -> filelock.BaseFileLock:
@@ -414,21 +424,19 @@ def lock_folder(folder: Path) -> filelock.BaseFileLock:
         lock.acquire(timeout=patience)
     except NotImplementedError:
         raise ValueError(
-            f"the file system of {folder} has no locks, so that runs could mix there; name another"
+            f"the file system of {folder} has no locks, so two runs could mix; use a folder elsewhere"
         ) from None
     except filelock.Timeout:
         remedy = "wait for it, stop it, or name another folder"
         raise ValueError(f"another run, process {pid or 'unknown'}, is writing into {folder}; {remedy}") from None
-    for left in folder.glob(TEMPORARY):  # half written by a killed run, or by a killed --out inside its folder
-        if left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
+    for left in folder.glob(TEMPORARY):  # half written by a killed run
+        if left.is_symlink() or not left.is_dir():  # a folder may be an --out that is being written
             left.unlink(missing_ok=True)
-    write_whole(folder / ".lock.pid", f"{os.getpid()}\n")
+    write_whole(folder / ".lock.pid", f"{os.getpid()} {psutil.Process().create_time()}\n")
     return lock
 
 
-def make_way(folder: Path, patterns: tuple[str, ...] = RUN_FILES, reason: str = "", what: str = "the earlier run"):
+def move_aside(folder: Path, patterns: tuple[str, ...] = RUN_FILES, reason: str = "", what: str = "the earlier run"):
     """Move an earlier run's files into a dated folder inside the folder of a new one."""
     earlier = list({path for pattern in patterns for path in folder.glob(pattern)})
     if not earlier:
@@ -444,15 +452,26 @@ def make_way(folder: Path, patterns: tuple[str, ...] = RUN_FILES, reason: str = 
     say(f"moved {what} in {folder} to {archive}" + (f": {reason}" if reason else ""))
 
 
-def tell_of_prior(folder: Path):
-    """Warn that a prior in the folder will no longer fit the VQ-VAE, which goes on training."""
+def warn_of_stale_prior(folder: Path):
+    """Warn that the prior in a folder will no longer fit the VQ-VAE, since its training is resumed."""
     with contextlib.suppress(ValueError):
         step = load_checkpoint(folder, PRIOR)["identity"]["vqvae_step"]
-        say(f"the prior in {folder} belongs to the VQ-VAE of step {step:,}; train it anew after this run")
+        say(f"the prior in {folder} belongs to the VQ-VAE of step {step:,}; train it again after this run")
+
+
+def read_text(path: Path) -> str:
+    """Read a text file of ours.
+
+    Raises:
+        Damaged: it is missing, or no file: reading a pipe would block.
+    """
+    if not path.is_file():
+        raise Damaged(f"{path} is missing, or not a file; if it is there, move it away")
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def append_row(path: Path, row: Sequence):
-    with naming(path), open(path, "a", newline="", encoding="utf-8") as file:
+    with add_path_to_errors(path), open(path, "a", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerow(row)
 
 
@@ -462,7 +481,7 @@ def read_metrics(path: Path) -> list[tuple[str, dict]]:
     Raises:
         Damaged: a step or a measured value is not a number.
     """
-    head, *lines = path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+    head, *lines = read_text(path).splitlines() or [""]
     names, rows = head.split(","), []
     for i, line in enumerate(lines, 2):
         try:
@@ -473,8 +492,8 @@ def read_metrics(path: Path) -> list[tuple[str, dict]]:
             row = {name: (float(v) if v else None) if name != "dataset" else v for name, v in values.items()}
             rows.append((line, row | {"step": int(values["step"])}))
         except (ValueError, KeyError):
-            remedy = "mend the line, or move the file away"
-            raise Damaged(f"{path}, line {i}, is not as this project writes it ({line[:80]}); {remedy}") from None
+            remedy = "repair the line, or move the file away"
+            raise Damaged(f"{path}, line {i}, is not a valid row ({line[:80]}); {remedy}") from None
     return rows
 
 
@@ -482,8 +501,6 @@ def trim_metrics(path: Path, step: int):
     """Keep the complete lines of a metrics file up to a step; those after it will be written again."""
     if not path.exists():
         return
-    if not path.is_file():  # reading a pipe would block
-        raise Damaged(f"{path} is no file; move it away")
     kept = [(line, row) for line, row in read_metrics(path) if row["step"] <= step]
     if kept:
         write_whole(path, "\n".join([",".join(kept[0][1]), *(line for line, _ in kept), ""]))

@@ -1,9 +1,9 @@
-"""Keep the weights of a run alone, to be used but not trained on: `python pretrained/export.py --run results`.
+"""Export the weights of a run, for use but not for more training: `python pretrained/export.py --run results`.
 
 Writes checkpoint.pt, prior.pt if the run has a prior, and summary.json into a new folder, which every other script
-takes as `--run`. Weights stay float32 as long as all files together take at most 8 MB. If not, those of the prior, and
-then those of the VQ-VAE as well, are rounded to float16; the scripts compute in float32 with what was kept. What the
-rounding changes is measured and told.
+takes as `--run`. Weights stay float32 if all files together take at most 8 MB. If not, the prior's weights are rounded
+to float16, and if that is not enough, the VQ-VAE's too; the scripts still compute in float32. The effect of the
+rounding is measured and printed.
 """
 
 import argparse
@@ -30,12 +30,12 @@ from sample import draw_codes, labels_of, load_run, trained_on
 
 MAX_BYTES = 8_000_000
 KEPT = ("name", "code", "args", "identity", "progress")
-PATHS = {"data_dir": "data", "out_dir": "results", "run": "results", "resume": None}  # not those of the maker's machine
+PATHS = {"data_dir": "data", "out_dir": "results", "run": "results", "resume": None}  # not the exporting machine's
 COMPARED = 100  # images drawn with the weights before and after
 
 
 def weights_only(state: dict, weights: dict, half: bool) -> dict:
-    """Return a checkpoint that holds these weights, and neither optimizer nor the state of random numbers."""
+    """Return a checkpoint that holds only these weights: no optimizer and no random state."""
     kept = {name: value.half() if half and value.is_floating_point() else value for name, value in weights.items()}
     empty = {name: {} for name in ("typed", "random", "optimizer", "muon", "adamw")}
     empty["means"] = {"steps": 0, "sums": {}}
@@ -44,12 +44,12 @@ def weights_only(state: dict, weights: dict, half: bool) -> dict:
 
 
 def without_paths(args: dict) -> dict:
-    """Return arguments with the default folders in place of the maker's."""
+    """Return arguments with the default folders instead of the exporting user's."""
     return args | {name: path for name, path in PATHS.items() if args.get(name) is not None}
 
 
 def read_summary(run: str) -> dict:
-    """Return what summary.json holds, without the maker's folders.
+    """Return the content of summary.json, without the exporting user's folders.
 
     Raises:
         ValueError: it is missing or damaged, or train.py did not write it.
@@ -67,8 +67,9 @@ def read_summary(run: str) -> dict:
 
 def export(run: str, out: Path, half: tuple[str, ...]) -> int:
     """Write the folder, with the weights in `half` as float16; return how many bytes it takes."""
-    summary = read_summary(run)
-    state = load_checkpoint(run)
+    summary, state = read_summary(run), load_checkpoint(run)
+    if summary.get("steps") != (step := state["progress"]["step"]):
+        raise ValueError(f"the summary in {run} is not of step {step:,}, that of the checkpoint; finish the run first")
     save_checkpoint(out, weights_only(state, state["model"], CHECKPOINT in half), keep_previous=False)
     if checkpoint_path(run, PRIOR).is_file():
         state = load_checkpoint(run, PRIOR)
@@ -91,9 +92,7 @@ def compare(run: str, out: Path) -> str:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser(
-        "Keep the weights of a finished run alone, in a folder that every other script takes as --run."
-    )
+    parser = make_parser("Export the weights of a finished run to a folder that every other script takes as --run.")
     parser.add_argument("--run", default="results", help="folder of the run")
     parser.add_argument("--out", metavar="DIR", default="pretrained/mnist", help="new folder to write to")
     return parser.parse_args(argv)

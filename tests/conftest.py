@@ -28,6 +28,8 @@ SMALL = ["--dataset=digits", "--codebook-size=32", "--code-dim=8", "--width=8", 
 SMALL += ["--log-every=5", "--device=cpu"]
 TINY = ["--width=16", "--depth=1", "--heads=2", "--batch-size=16", "--log-every=2", "--device=cpu"]  # prior
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a script's background job
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +60,7 @@ def train_prior(folder, *flags):
 
 @pytest.fixture
 def in_step(monkeypatch):
-    """Return a function that has something done in a step of the next run, by what asks for its learning rate."""
+    """Return a function that makes the next run call an action at a step, by patching its learning-rate schedule."""
     schedule = Run.schedule
 
     def set_action(at, action):
@@ -97,7 +99,7 @@ def environment(**variables):
 
 
 def ended(command, **options):
-    """Run a command to its end, which comes in time."""
+    """Run a command to its end, with a time limit."""
     streams = {} if "stdout" in options else {"capture_output": True}
     options = {"text": True, "timeout": LIMIT, "cwd": ROOT, "env": environment(), **streams} | options
     return subprocess.run(list(map(str, command)), **options)

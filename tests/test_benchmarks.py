@@ -39,7 +39,7 @@ def test_every_script_starts_by_itself(tmp_path):
 
 @pytest.mark.slow
 def test_all_measurements_on_a_gpu_run_through(tmp_path):
-    """In small, and here on a processor; what fails is in the table, and the rest is still measured."""
+    """At small sizes and on a CPU. A part that fails is named in the table, and the rest is still measured."""
     hidden = environment(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
     done = program("benchmarks/on_gpu.py", "--tiny", f"--out={tmp_path / 'gpu.json'}", "--peers=missing", env=hidden)
     measured = json.loads((tmp_path / "gpu.json").read_text())["measured"]
@@ -55,7 +55,7 @@ def cross(scales):
     return np.concatenate([np.diag(scales), -np.diag(scales)])
 
 
-def test_frechet_distance_is_that_of_two_gaussians():
+def test_frechet_distance_matches_closed_form():
     a, b, mean = np.array([1.0, 2.0, 5.0]), np.array([3.0, 2.0, 0.5]), np.array([0.5, -1.0, 2.0])
     deviation = np.sqrt(2 / 5)  # of each axis of a cross of scale 1, which has 6 points
     expected = (mean**2).sum() + (deviation**2 * (a - b) ** 2).sum()
@@ -101,13 +101,13 @@ def test_indices_that_are_not_the_nearest_are_counted(monkeypatch):
     assert differing(z, codebook) == 100
 
 
-def test_memory_is_that_of_the_process():
+def test_memory_excludes_the_parent_process():
     """Not that of the process that started it, which has held more."""
     assert b"1" * (5 * 10**8)
     assert 0.9e8 < int(run("held_memory.py")) < 1.2e8
 
 
-def test_flops_are_those_of_the_layers():
+def test_flops_match_the_layers():
     function, flops = convolution(8, 10, torch.float32)
     with FlopCounterMode(display=False) as counter:
         function()
@@ -121,7 +121,7 @@ def test_flops_are_those_of_the_layers():
     assert flops_of_a_step(2) == 2 * (3 * sum(layers) - layers[0] + lookup)
 
 
-def test_step_time_is_that_of_plain_steps(monkeypatch):
+def test_step_time_excludes_logging_steps(monkeypatch):
     """Each step sleeps for 20 ms, the first one and those that log for a second."""
     schedule, log = Run.schedule, Run.log
     monkeypatch.setattr(machine_limit, "FIRST", 1)
@@ -144,7 +144,7 @@ def test_profile_names_the_operations(monkeypatch):
     assert any("convolution" in name for name in shares) and "outside of operations" in shares
 
 
-def test_error_of_others_is_over_all_images():
+def test_peer_error_covers_all_images():
     images = torch.randint(50, 200, (600, 1, 4, 4), dtype=torch.uint8)
     scale = torch.tensor([0.01] * 500 + [0.1] * 100).view(-1, 1, 1, 1)  # off by that everywhere
     at = iter(scale.split(250))

@@ -9,10 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from harness.cli import command, number, say, shortened, user_errors
+from harness.cli import abbreviate, command, number, say, user_errors
 from harness.storage import load_checkpoint
 
 import pytest
+import torch
 from conftest import ROOT, SMALL, ended, environment, program, refusal, started
 
 import evaluate
@@ -46,7 +47,7 @@ def test_number_holds_its_bounds():
 
 @pytest.mark.parametrize("module", [script, evaluate, train_prior, sample, reconstruct], ids=lambda m: m.__name__)
 def test_every_flag_has_its_help(capsys, monkeypatch, module):
-    """Its own words, and in what --help prints; a default is not said to be None."""
+    """--help prints every flag with its own help text, and never "(default: None)"."""
     flags, parse_args = {}, argparse.ArgumentParser.parse_args
 
     def remember(parser, *args):
@@ -57,27 +58,29 @@ def test_every_flag_has_its_help(capsys, monkeypatch, module):
     with pytest.raises(SystemExit) as done:
         module.parse_args(["--help"])
     printed = "".join(capsys.readouterr().out.split())  # whose lines are broken by the terminal's width
-    assert done.value.code == 0 and len(flags) > 4
+    assert done.value.code == 0 and len(flags) > 4 and "None" not in printed
     for flag, text in flags.items():
         assert text and len(text) > 3, flag
         assert flag in printed and "".join(text.replace("%%", "%").split())[:20] in printed, flag
 
 
 @pytest.mark.parametrize(
-    ("error", "code"),
+    ("error", "code", "message"),
     [
-        (ValueError("a mistake"), 2),
-        (OSError("a mistake"), 2),
-        (FloatingPointError("a mistake"), 2),
-        (KeyboardInterrupt(), 130),
+        (ValueError("a mistake"), 2, "a mistake"),
+        (OSError("a mistake"), 2, "a mistake"),
+        (FloatingPointError("a mistake"), 2, "a mistake"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (MemoryError(), 2, "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 2, "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "out of memory"),
     ],
 )
-def test_mistake_is_one_line(capsys, error, code):
+def test_mistake_is_one_line(capsys, error, code, message):
     with pytest.raises(SystemExit) as ended, user_errors():
         raise error
     printed = capsys.readouterr().err
-    assert ended.value.code == code and printed.count("\n") == 1
-    assert ("a mistake" if code == 2 else "interrupted") in printed
+    assert ended.value.code == code and printed.count("\n") == 1 and message in printed
 
 
 def test_control_characters_reach_no_terminal(capsys):
@@ -92,7 +95,7 @@ def test_bug_of_ours_keeps_its_traceback():
         1 / 0  # noqa: B018
 
 
-def test_command_holds_wherever_one_stands(tmp_path, monkeypatch):
+def test_command_works_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     python, path, *words = shlex.split(command("train.py", "--resume", Path("my run's")))
     assert python == sys.executable and Path(path).samefile(ROOT / "train.py") and words == ["--resume", "my run's"]
@@ -111,7 +114,7 @@ def test_ctrl_c_while_torch_is_imported():
 
 
 def test_long_list_of_names_is_shortened():
-    assert shortened("abcde") == "a, b, c, d, e" and shortened("abcdefgh") == "a, b, c, d, e and 3 more"
+    assert abbreviate("abcde") == "a, b, c, d, e" and abbreviate("abcdefgh") == "a, b, c, d, e and 3 more"
 
 
 def test_names_beyond_the_encoding_are_printed(monkeypatch, tmp_path):
@@ -136,7 +139,7 @@ def test_line_breaks_of_refused_arguments_are_escaped(capsys, argument):
     [(script, "--out-dir"), (script, "--dataset"), (sample, "--out"), (reconstruct, "--codes"), (evaluate, "--run")],
 )
 def test_empty_text_is_refused(capsys, script, flag):
-    """It comes of a shell variable that was not set."""
+    """It comes from a shell variable that is not set."""
     with pytest.raises(SystemExit) as refused:
         script.parse_args([f"{flag}="])
     assert refused.value.code == 2 and f"argument {flag}: must not be empty" in capsys.readouterr().err
@@ -156,7 +159,7 @@ def test_full_output_does_not_stop_a_run(tmp_path):
 
 
 def test_closed_pipe_does_not_stop_a_run(tmp_path):
-    """As of `python train.py | head -1`."""
+    """As in `python train.py | head -1`."""
     with started([*RUN, f"--out-dir={tmp_path}"], stderr=subprocess.PIPE) as process:
         assert process.stdout.readline().startswith("training on 1,500 images")
         process.stdout.close()
@@ -176,7 +179,7 @@ def test_closed_streams_do_not_stop_a_run(tmp_path, closed):
 
 
 def test_unwritable_home_brings_no_warning(tmp_path):
-    """Matplotlib's own, of a folder that it cannot write its cache to."""
+    """Matplotlib would warn that it cannot write its cache."""
     (tmp_path / "file").write_text("")
     done = program("evaluate.py", "--help", env=environment(MPLCONFIGDIR=str(tmp_path / "file" / "inner")))
     assert done.returncode == 0 and not done.stderr

@@ -4,8 +4,9 @@ from harness.run import Run
 
 import pytest
 import torch
-from conftest import rows, train
+from conftest import rows, save, train
 
+import sample
 from quantizer import nearest_code
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -19,7 +20,7 @@ def the_same_everywhere():
 
 @pytest.mark.parametrize("lookup", ["plain", "triton"])
 @pytest.mark.parametrize(("size", "dim"), [(512, 64), (8192, 8)])
-def test_lookup_is_that_of_brute_force(lookup, size, dim):
+def test_lookup_matches_brute_force(lookup, size, dim):
     z, codebook = torch.randn(300, dim, device="cuda"), torch.randn(size, dim, device="cuda")
     expected = torch.cdist(z.double(), codebook.double()).argmin(1)
     if lookup == "triton":
@@ -29,7 +30,7 @@ def test_lookup_is_that_of_brute_force(lookup, size, dim):
         assert torch.equal(nearest_code(z, codebook), expected)
 
 
-@pytest.mark.parametrize("way", ["--no-ema", "--ema"])
+@pytest.mark.parametrize("way", ["--no-ema", "--ema", "--flip"])
 def test_steps_do_not_make_the_host_wait(tmp_path, monkeypatch, request, way):
     """Between two lines of metrics nothing asks the GPU for a value, from one batch to the next."""
     steps = Run.steps
@@ -53,3 +54,9 @@ def test_compiled_run_learns_as_the_eager_one_does(tmp_path):
         train(tmp_path / flag, "--steps=30", "--save-every=30", "--device=cuda", "--precision=float32", flag)
     compiled, eager = (float(rows(tmp_path / flag)[-1]["test_mse"]) for flag in ("--compile", "--no-compile"))
     assert compiled == pytest.approx(eager, rel=0.1)
+
+
+def test_images_are_completed(generating_run, tmp_path):
+    save(tmp_path / "a.png", mode="L")
+    sample.main(sample.parse_args([f"--run={generating_run}", "--complete", str(tmp_path / "a.png")]))
+    assert (generating_run / "completed.png").is_file()

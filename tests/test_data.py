@@ -181,7 +181,7 @@ def test_batches_depend_on_seed_and_step_alone():
     assert first[:10] != first[10:] and batch_indices(100, 10, 2, 0).tolist() != first[0]
 
 
-def test_channel_stats_are_those_of_numpy():
+def test_channel_stats_match_numpy():
     images = torch.randint(0, 256, (50, 3, 9, 8), dtype=torch.uint8)
     mean, std = channel_stats(count_pixels(images))
     pixels = images.numpy() / 255
@@ -297,4 +297,4 @@ def test_ranks_flip_what_one_process_would(monkeypatch):
 
 @pytest.mark.parametrize("color", ["colourless", "#12", "", "line\nbreak", "rgb(300,0,0)"])
 def test_unknown_background_is_refused(capsys, color):
-    assert "is no colour; name one" in refusal(capsys, script, f"--background={color}")
+    assert "is not a colour; use a name" in refusal(capsys, script, f"--background={color}")

@@ -153,7 +153,7 @@ def test_caption_tells_psnr_and_bits(page):
     _, _, grid, made, size = demo.show_edit(page, edit)
     error = (decoded(page.model, edit.levels) / 255 - edit.image / 255).square().mean().item()
     assert f"{10 * math.log10(1 / error):.1f} dB" in made
-    assert "49 codes of 5 bits: 245 bits, where the pixels take 6,272" in size  # K = 32
+    assert "49 codes of 5 bits: 245 bits; the pixels take 6,272" in size  # K = 32
     assert grid.count("<button") == 49
 
 
@@ -186,7 +186,7 @@ def test_upload_is_deleted_once_read(tmp_path):
 
 
 @pytest.mark.parametrize("chosen, label", [(0, 0), (7, 7), (-1, 10)])
-def test_new_images_are_those_of_sample(page, chosen, label):
+def test_draw_matches_sample(page, chosen, label):
     """Of ten classes or, by -1, of any; the classes of this prior differ."""
     prior = far_from_zero(copy.deepcopy(page.prior))
     levels = demo.draw(page.model, prior, 3, chosen, seed=5, temperature=0.9)
@@ -277,7 +277,7 @@ def test_lost_test_images_are_replaced(folder, tmp_path):
     train(tmp_path / "run", "--steps=2", f"--dataset={folder}")
     shutil.rmtree(folder)
     page = demo.load_page(str(tmp_path / "run"))
-    assert "is not there" in page.missing["test images"] and page.examples.shape == (1, 3, 12, 16)
+    assert "does not exist" in page.missing["test images"] and page.examples.shape == (1, 3, 12, 16)
 
 
 def test_prior_stands_in_for_test_images(generating_run, monkeypatch):

@@ -1,4 +1,4 @@
-"""Several processes over gloo: the codebook is one, the run is that of one process, and a death is no hang."""
+"""Several processes over gloo: they share one codebook, match a run of one process, and never hang if one dies."""
 
 import contextlib
 import os
@@ -63,7 +63,7 @@ def rank_main(rank, ranks, folder):
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_codebook_is_that_of_the_joint_batch(tmp_path, ranks):
+def test_codebook_learns_from_all_ranks(tmp_path, ranks):
     """It is the same on every rank, to the bit, and that of one process up to rounding."""
     mp.spawn(rank_main, args=(ranks, str(tmp_path)), nprocs=ranks)
     for ema in (False, True):
@@ -161,7 +161,7 @@ def test_killed_rank_ends_or_restarts_the_job(tmp_path):
         printed = next(line for line in process.stdout if "training on" in line)
         process.send_signal(signal.SIGTERM)
         finish(process, seconds=60)
-    assert f"2 processes, going on from step {step}" in printed
+    assert f"2 processes, resuming from step {step}" in printed
     assert [int(row["step"]) for row in rows(folder)] == list(range(1, len(rows(folder)) + 1))
 
     folder = tmp_path / "restarted"
@@ -283,6 +283,9 @@ def test_unequal_shares_give_the_whole_gradient(tmp_path):
         for code, _, errors in end_of(ranks):
             assert code == 0, errors
     train(tmp_path / "one", *flags)
+    (alone,), (joint,) = rows(tmp_path / "one"), rows(tmp_path / "two")
+    for name in ("recon_loss", "perplexity", "codes_used"):
+        assert float(joint[name]) == pytest.approx(float(alone[name]), rel=1e-4), name
     one, two = (first_gradients(tmp_path / name) for name in ("one", "two"))
     assert len(one) == len(two) > 10
     for a, b in zip(two, one):
@@ -313,6 +316,17 @@ def test_ranks_with_other_images_refuse_to_start(folder, tmp_path):
         for code, _, errors in end_of(ranks):
             assert code == 2 and errors.count("\n") == 1 and "the processes differ in images: " in errors, errors
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_ranks_with_other_checkpoints_refuse_to_start(tmp_path):
+    """On machines that do not share the output folder, ranks would resume from different steps."""
+    for name in ("a", "b"):
+        train(tmp_path / name / "run", "--steps=2")
+    flags = [*SMALL, "--resume=run", "--steps=5"]
+    with start_ranks(*flags, folders=(tmp_path / "a", tmp_path / "b")) as ranks:
+        for code, _, errors in end_of(ranks):
+            assert code == 2 and errors.count("\n") == 1, errors
+            assert "the processes differ in the checkpoint in run" in errors
 
 
 def test_rank_that_lost_another_ends_by_one_line(tmp_path):

@@ -28,7 +28,7 @@ def scipy_ssim(x, y):
     return index.mean()
 
 
-def test_ssim_is_that_of_scipys_gaussian_windows():
+def test_ssim_matches_scipy_gaussian_windows():
     x, y = torch.rand(5, 1, 28, 20, dtype=torch.float32), torch.rand(5, 1, 28, 20)
     expected = [scipy_ssim(a, b) for a, b in zip(x[:, 0].double().numpy(), y[:, 0].double().numpy())]
     np.testing.assert_allclose(evaluate.ssim(x, y), expected, atol=1e-5)
@@ -49,7 +49,7 @@ def model():
     return model
 
 
-def test_figures_are_over_all_images(model, monkeypatch):
+def test_metrics_cover_all_images(model, monkeypatch):
     """Whatever number is measured at once."""
     images = torch.randint(0, 256, (37, 1, 28, 28), dtype=torch.uint8)
     measured, (counts,) = evaluate.evaluate(model, images)
@@ -100,13 +100,13 @@ def test_folder_at_another_place_is_measured(folder, tmp_path, capsys):
     train(tmp_path / "results", f"--dataset={folder}", "--steps=2", "--batch-size=4")
     expected = json.loads((tmp_path / "results" / "summary.json").read_text())["test_mse"]
     folder.rename(tmp_path / "moved")
-    assert "name it with --data-dir" in refusal(capsys, evaluate, "--run", tmp_path / "results")
+    assert "give its new path with --data-dir" in refusal(capsys, evaluate, "--run", tmp_path / "results")
     evaluate.main(evaluate.parse_args(["--run", str(tmp_path / "results"), "--data-dir", str(tmp_path / "moved")]))
     measured = json.loads((tmp_path / "results" / "evaluation.json").read_text())
     assert measured["test_mse"] == pytest.approx(expected) and measured["step"] == 2
 
 
-def test_pairs_are_of_the_whole_test_set(trained_run, tmp_path, capsys):
+def test_out_holds_the_whole_test_set(trained_run, tmp_path, capsys):
     """In the layout of reconstruct.py."""
     out = tmp_path / "out"
     evaluate.main(evaluate.parse_args(["--run", str(trained_run), "--out", str(out)]))
@@ -157,4 +157,4 @@ def test_missing_scikit_image_is_named(trained_run, tmp_path, capsys, monkeypatc
 def test_jpeg_needs_images_of_a_window(folder, tmp_path, capsys):
     train(tmp_path / "results", f"--dataset={folder}", "--image-size=10", "--steps=1", "--batch-size=4")
     printed = refusal(capsys, evaluate, "--run", tmp_path / "results", "--jpeg")
-    assert "--jpeg needs images of 11x11 pixels or more, and these have 10x10" in printed
+    assert "--jpeg needs images of at least 11x11 pixels, but these have 10x10" in printed

@@ -40,6 +40,18 @@ def test_pretrained_model_fits_the_code():
     assert x.shape == (20, 1, 28, 28) and (-10 * error.log10()).mean() > 25
 
 
+def test_summary_of_another_step_is_not_exported(prior_run, tmp_path, capsys):
+    """As of a run that was resumed for more steps, and stopped."""
+    run = shutil.copytree(prior_run, tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"steps": summary["steps"] - 1}))
+    printed = refusal(capsys, export, f"--run={run}", f"--out={tmp_path / 'kept'}")
+    assert (
+        "is not of step 30, that of the checkpoint; finish the run first" in printed
+        and not (tmp_path / "kept").exists()
+    )
+
+
 def test_exported_checkpoints_hold_weights_alone(prior_run, tmp_path):
     out = keep(prior_run, tmp_path / "kept")
     for name in ("checkpoint", PRIOR):
@@ -94,5 +106,5 @@ def test_training_refuses_an_exported_folder(prior_run, tmp_path, capsys, flags)
         with pytest.raises(SystemExit, match="2"):
             own.main(own.parse_args([*named, "--device=cpu", "--steps=1", *flags]))
         error = capsys.readouterr().err
-        assert "holds weights to use, not to train on" in error and error.count("\n") == 1
+        assert "holds exported weights, which cannot be trained further" in error and error.count("\n") == 1
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before

@@ -1,4 +1,4 @@
-"""Each test makes the fault: kills and full disks. What a run has saved must survive it, and going on is exact."""
+"""Each test causes a fault: a kill or a full disk. What a run has saved must survive, and resuming must be exact."""
 
 import json
 import random
@@ -172,7 +172,7 @@ def command(*flags):
     return [sys.executable, ROOT / "train.py", *map(str, flags)]
 
 
-def test_full_disk_ends_the_run_whole(trained_run):
+def test_full_disk_leaves_the_run_intact(trained_run):
     """A limit on the size of files, which pictures exceed and metrics.csv does not, stands for the full disk."""
 
     def small_files():
@@ -183,14 +183,14 @@ def test_full_disk_ends_the_run_whole(trained_run):
     done = ended(run, preexec_fn=small_files)
     *pictures, error = done.stderr.splitlines()  # pictures that fail do not stop a run
     assert done.returncode == 1 and all(line.startswith("cannot write a picture") for line in pictures), done.stderr
-    assert "cannot go on after step 40" in error and "File too large" in error
-    remedy = f"to go on: {sys.executable} train.py --resume {trained_run}"
-    assert f"the checkpoint of step 30 is whole, {remedy}" in error
+    assert "cannot continue after step 40" in error and "File too large" in error
+    remedy = f"to resume: {sys.executable} train.py --resume {trained_run}"
+    assert f"the checkpoint of step 30 is intact; {remedy}" in error
     assert (trained_run / "checkpoint.pt").read_bytes() == before
     assert ended(run).returncode == 0
 
 
-def test_disk_too_full_for_a_checkpoint_ends_likewise(tmp_path):
+def test_full_disk_keeps_the_last_checkpoint(tmp_path):
     """Here the limit is above the pictures and below the checkpoint."""
 
     def small_files():
@@ -202,6 +202,6 @@ def test_disk_too_full_for_a_checkpoint_ends_likewise(tmp_path):
     run = command("--resume", tmp_path, "--steps", 10)
     done = ended(run, preexec_fn=small_files)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-    assert "cannot go on after step 10" in done.stderr and "the checkpoint of step 5 is whole" in done.stderr
+    assert "cannot continue after step 10" in done.stderr and "the checkpoint of step 5 is intact" in done.stderr
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert {path.name for path in tmp_path.iterdir()} == files

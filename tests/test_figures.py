@@ -89,7 +89,7 @@ def test_each_levels_codes_alone_come_below(tmp_path, drawn):
     assert [name for name, _ in labels_of(drawn[0].axes[0])] == names
 
 
-def test_reconstructions_are_those_of_eval_mode(tmp_path, drawn):
+def test_reconstructions_are_made_in_eval_mode(tmp_path, drawn):
     """In train mode, residuals of scales are other ones until the codebook has its start."""
     model = make(3, (16, 16), scales="1,2,4").train()
     images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
@@ -203,7 +203,7 @@ def test_prior_curves_mark_the_kept_step(tmp_path, drawn):
     assert training.get_xydata().tolist() == [[10, 6], [20, 5], [30, 4], [40, 3]]
     assert held_out.get_xydata().tolist() == [[20, 5.5], [40, 4.5]]
     assert list(kept.get_xdata()) == [20, 20]
-    names = ["training images (mean since the last line)", "held-out images", "kept"]
+    names = ["training images (mean since the last row)", "held-out images", "kept"]
     assert [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()] == names
     assert (tmp_path / "prior_curves.png").stat().st_size > 0
 

@@ -17,10 +17,9 @@ from harness.data import (
     dataset_of,
     load_dataset,
     load_training_data,
-    write_listing,
 )
 from harness.folder import ImageFiles, count_pixels, decode, resize_and_crop, walk
-from harness.storage import is_ours
+from harness.storage import is_ours, lock_folder
 
 import numpy as np
 import psutil
@@ -185,6 +184,10 @@ def test_decoded_images_are_kept_until_folder_changes(folder, tmp_path, monkeypa
     assert times_decoded() == 30
     os.utime(path, ns=(0, 10**18 + 1))  # of the same size, changed at another time
     assert times_decoded() == 30
+    os.utime(path, ns=(0, 10**18 + 1))  # as after a copy that keeps the time of modification
+    assert times_decoded() == 30
+    monkeypatch.setattr(folders.PIL, "__version__", "0")
+    assert times_decoded() == 30
     path.rename(folder / "train" / "cat" / "new.png")  # of the same number
     assert times_decoded() == 30
     (folder / "train" / "cat" / "new.png").rename(path)
@@ -196,7 +199,8 @@ def test_decoded_images_are_kept_until_folder_changes(folder, tmp_path, monkeypa
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_cache_of_another_folder_is_not_used(tmp_path):
+def test_cache_of_another_folder_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "times_digest", lambda *_: "the same")
     for name in ("a", "b"):
         for i in range(10):
             save(tmp_path / name / f"{i}.bmp")
@@ -242,7 +246,7 @@ def test_names_in_another_encoding_are_read(tmp_path):
 
 
 def test_images_are_walked_in_the_order_of_names(tmp_path):
-    """Whatever the order of the file system, which tells files before folders here."""
+    """Not in os.walk's order, which lists a folder's files before its subfolders."""
     paths = [tmp_path / name for name in ("a/y.png", "a/z.png", "b.png", "c/x.png")]
     for path in reversed(paths):
         save(path)
@@ -268,7 +272,7 @@ def test_long_image_takes_no_more_memory(tmp_path):
         decode(tmp_path / "long.png", 1, 28)
 
 
-def test_file_of_the_cache_s_name_is_kept(folder, tmp_path, capsys):
+def test_user_file_named_like_cache_is_kept(folder, tmp_path, capsys):
     (tmp_path / "images.pt").write_text("not ours")
     load(folder, cache=tmp_path / "images.pt")
     assert "moved images.pt in" in capsys.readouterr().out
@@ -355,7 +359,7 @@ def test_moved_folder_is_asked_for_with_data_dir(folder, tmp_path, named):
     args |= {"memory_limit": None, "skip_bad_images": False}
     run = {"args": args, "identity": {"images": load(folder).digest}}
     folder.rename(tmp_path / "moved")
-    with pytest.raises(ValueError, match=f"{named or folder} is not there.*--data-dir"):
+    with pytest.raises(ValueError, match=f"{named or folder}, does not exist.*--data-dir"):
         dataset_of(run, tmp_path, named)
     assert len(dataset_of(run, tmp_path, str(tmp_path / "moved")).train_images) == 20
 
@@ -364,7 +368,7 @@ def test_changed_folder_is_not_the_runs(folder, tmp_path):
     args = {"dataset": str(folder), "data_dir": "", "image_size": None, "background": "white"}
     args |= {"memory_limit": None, "skip_bad_images": False}
     run = {"args": args, "identity": {"images": load(folder).digest}}
-    write_listing(load(folder), tmp_path)
+    load(folder).write_listing(tmp_path)
     (folder / "train" / "cat" / "0.png").unlink()
     save(folder / "train" / "cat" / "new.png")
     (folder / "test" / "dog" / "1.png").write_bytes((folder / "test" / "dog" / "2.png").read_bytes())
@@ -484,7 +488,7 @@ def test_background_is_part_of_kept_images(tmp_path):
 
 
 def test_turned_tiff_has_its_size(tmp_path):
-    """Pillow has turned it already when it tells the size."""
+    """Pillow reports the size after it has turned the image."""
     exif = Image.Exif()
     exif[0x0112] = 6
     for i in range(4):
@@ -528,7 +532,7 @@ def test_upper_case_and_odd_names_are_read(folder, tmp_path):
     data = load(target)
     assert len(data.train_images) + len(data.test_images) == len(names)
     assert all("\n" not in line for line in data.files)
-    write_listing(data, tmp_path)
+    data.write_listing(tmp_path)
     assert len((tmp_path / "images.txt").read_text(encoding="utf-8").splitlines()) == len(names)
 
 
@@ -539,7 +543,7 @@ def test_data_set_is_called_as_typed(folder, monkeypatch):
 
 
 def test_decompression_bomb_is_a_bad_image(tmp_path, monkeypatch):
-    """Those of which Pillow only warns as well."""
+    """Also images for which Pillow only warns."""
     for i in range(10):
         save(tmp_path / f"{i}.png", shape=(8, 8))
     save(tmp_path / "warned.png", shape=(12, 16))
@@ -565,7 +569,7 @@ def test_postscript_called_png_starts_no_ghostscript(folder, monkeypatch):
     assert not started
 
 
-def test_no_librarys_line_reaches_the_user(folder, caplog):
+def test_library_log_messages_are_hidden(folder, caplog):
     """Pillow logs an error for a TIFF file of too many channels, and Python would print it."""
     entries = [(256, 16), (257, 12), (258, 8), (259, 1), (262, 2), (273, 8), (277, 40), (278, 12), (279, 9)]
     table = b"".join(tag.to_bytes(2, "little") + b"\3\0\1\0\0\0" + n.to_bytes(4, "little") for tag, n in entries)
@@ -599,10 +603,11 @@ def test_unreadable_folder_is_named(folder, monkeypatch):
 
 
 def test_runs_inside_the_folder_are_left_out(folder):
-    """But not a folder that merely has a table beside its images."""
-    for name, file in (("results", "checkpoint.pt"), ("started", ".lock.pid")):
+    """But a folder that only has a metrics.csv beside its images is kept."""
+    for name in ("results", "started"):
         save(folder / "train" / name / "recon_000010.png")
-        (folder / "train" / name / file).write_text(f"{os.getpid()}")
+    (folder / "train" / "results" / "checkpoint.pt").write_text("")
+    lock_folder(folder / "train" / "started").release()
     (folder / "train" / "cat" / "metrics.csv").write_text("name,width")
     data = load(folder)
     assert len(data.train_images) == 20 and data.class_names == ["cat", "dog"]
@@ -615,19 +620,30 @@ def test_images_beside_a_run_are_never_lost(capsys, folder, tmp_path):
     cats = folder / "train" / "cat"
     for _ in range(2):
         printed = refusal(capsys, script, *SMALL, f"--out-dir={cats}", f"--dataset={folder}")
-        assert f"{cats} is the folder of a run, but holds 10 images of another origin, 0.png among them" in printed
-    (cats / ".lock.pid").write_text("0")  # as if that process had ended
+        assert f"{cats} is the folder of a run, but holds 10 images that it did not write, such as 0.png" in printed
+    (cats / ".lock.pid").write_text("0 0.0")  # as if that process had ended
     assert load(folder).class_names == ["cat", "dog"]
 
 
-def test_image_beside_class_folders_is_told(folder, capsys):
+def test_warns_of_images_outside_class_folders(folder, capsys):
     save(folder / "train" / "logo.png")
     assert load(folder).train_labels is None
     printed = capsys.readouterr().err
-    assert "no classes: 1 images lie beside the folders" in printed and "logo.png" in printed
+    assert "no classes: 1 images are not in a class folder" in printed and "logo.png" in printed
 
 
-def test_what_failed_to_decode_once_is_tried_again(folder, tmp_path, monkeypatch):
+def test_warns_of_folders_beside_train(folder, capsys):
+    """A class may be called train, or the test set val."""
+    for name in ("val/cat/0.png", "car.png", "results/recon_000010.png"):
+        save(folder / name)
+    (folder / "results" / "checkpoint.pt").write_text("")
+    (folder / "labels.csv").write_text("")
+    assert len(load(folder).train_images) == 20
+    printed = capsys.readouterr().err
+    assert printed == f"{folder} has a folder train/, so car.png, val beside it are left out\n"
+
+
+def test_retries_images_that_failed_to_decode(folder, tmp_path, monkeypatch):
     """The disk may have been busy."""
     original, failed = folders.decode, []
 

@@ -83,7 +83,7 @@ OF_TRAINING = [
 
 
 @pytest.mark.parametrize(("place", "value"), OF_TRAINING, ids=name_of)
-def test_forged_checkpoint_is_not_gone_on_with(trained_run, capsys, place, value):
+def test_forged_checkpoint_is_not_resumed(trained_run, capsys, place, value):
     """A moment of another shape would have the optimizer write beyond it."""
     (trained_run / "checkpoint_previous.pt").unlink()
     path = trained_run / "checkpoint.pt"
@@ -136,7 +136,7 @@ def test_swapped_files_are_one_line(generating_run, capsys, pair):
     ids=name_of,
 )  # fmt: skip
 def test_forged_codes_do_not_fit(prior_run, place, value):
-    """And are then made anew, as the next test has it."""
+    """They are then recomputed, as the next test shows."""
     codes, vqvae = read_state(prior_run / "codes.pt")[0], load_checkpoint(prior_run)
     model = load_model(vqvae)
     assert prior_script.fits(codes, vqvae, model)
@@ -146,7 +146,7 @@ def test_forged_codes_do_not_fit(prior_run, place, value):
     assert not prior_script.fits(forged, vqvae, model)
 
 
-def test_swapped_codes_are_made_anew(generating_run):
+def test_swapped_codes_are_recomputed(generating_run):
     before, _ = read_state(generating_run / "codes.pt")
     shutil.copy(generating_run / "checkpoint.pt", generating_run / "codes.pt")
     train_prior(generating_run, "--steps=1")
@@ -198,7 +198,7 @@ def test_folders_in_a_file_are_not_written_to(generating_run, tmp_path):
     ],
     ids=str,
 )
-def test_forged_cache_of_images_is_made_anew(folder, tmp_path, place, value):
+def test_forged_image_cache_is_rebuilt(folder, tmp_path, place, value):
     cache = tmp_path / "images.pt"
     expected = data.load_dataset(str(folder), cache=cache)
     forge(cache, [place], value)

@@ -35,6 +35,6 @@ def test_model_imports_the_quantizers_alone():
 
 
 def test_processes_of_tests_have_limits():
-    """Tests start them by what conftest.py has for it, which leaves none running."""
+    """Tests start them with the helpers of conftest.py, which leave none running."""
     for path in ROOT.glob("tests/test_*.py"):
         assert not re.search(r"subprocess\.(run|Popen|call|check_\w+)\(", path.read_text()), path

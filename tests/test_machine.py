@@ -1,4 +1,4 @@
-"""What is not there is refused before anything is done; a container's limits count."""
+"""Missing hardware is refused before anything is done; a container's limits count."""
 
 import math
 import os

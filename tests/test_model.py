@@ -9,7 +9,7 @@ import torch
 
 import evaluate
 import train
-from model import VQVAE, Decoder, Encoder, PixelShuffle, ResidualBlock, build_model, load_model, named
+from model import VQVAE, Decoder, Encoder, PixelShuffle, ResidualBlock, build_model, level_key, load_model
 
 
 def make(channels=1, size=(28, 28), **options):
@@ -61,13 +61,13 @@ def test_largest_features_have_half_the_width():
     assert Decoder(4, 3, 10, 1, 4)[-2].in_channels == 5
 
 
-def test_model_starts_until_its_last_codebook_has():
+def test_starting_until_all_codebooks_are_initialised():
     model = make(levels=2)
     assert not model.starting
     for level in model.levels:
-        level.quantizer.all_started = False
+        level.quantizer.all_initialised = False
         assert model.starting
-        level.quantizer.all_started = True
+        level.quantizer.all_initialised = True
 
 
 @pytest.mark.parametrize("levels", [1, 2])
@@ -207,7 +207,7 @@ def test_every_flag_arrives_in_the_model(flag, name, value):
     assert before[name] != value and after == before | {name: value}
 
 
-def test_loaded_model_is_that_of_the_run(finished_run):
+def test_loaded_model_matches_the_run(finished_run):
     checkpoint = load_checkpoint(finished_run)
     model = load_model(checkpoint)
     assert not model.training
@@ -218,7 +218,7 @@ def test_loaded_model_is_that_of_the_run(finished_run):
 
 
 def test_figures_of_two_levels_are_named():
-    assert named("perplexity", "") == "perplexity" and named("perplexity", "top") == "perplexity_top"
+    assert level_key("perplexity", "") == "perplexity" and level_key("perplexity", "top") == "perplexity_top"
     assert [VQVAE(1, (8, 8), levels=levels).level_names for levels in (1, 2)] == [("",), ("top", "bottom")]
 
 

@@ -5,7 +5,7 @@ from conftest import far_from_zero, some_codes
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import VQVAE
-from prior import Prior, build_prior, generate, load_prior, restrict
+from prior import Prior, build_prior, filter_logits, generate, load_prior
 
 K = 16
 GRIDS = [[(3, 3)], [(2, 4)], [(1, 2), (2, 4)]]
@@ -51,7 +51,7 @@ def test_each_level_embeds_its_own_codes():
 
 def test_near_codes_start_with_near_embeddings():
     prior, codebooks = Prior(K, [(1, 2), (2, 4)], classes=3, width=240), [torch.randn(K, 8), 5 + 3 * torch.randn(K, 4)]
-    prior.start_from_codebooks(codebooks)
+    prior.init_from_codebooks(codebooks)
     for codebook, coming_in, head in zip(codebooks, prior.code.weight.split(K), prior.heads):
         expected = torch.pdist(codebook)
         for weight in (coming_in, head.weight):  # a random projection keeps distances, but for their scale
@@ -71,7 +71,7 @@ def test_weights_start_small():
         assert module.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 
-def test_loaded_prior_is_the_best_one_in_eval_mode():
+def test_loads_the_best_prior_in_eval_mode():
     args, shape = {"width": 24, "depth": 1, "heads": 3, "dropout": 0.3}, {"codebook_size": K, "grids": [(2, 4)]}
     shape["classes"] = 3
     model = VQVAE(1, (8, 16), codebook_size=K, code_dim=4, width=8, blocks=1)
@@ -172,7 +172,7 @@ def test_guidance_goes_from_any_class_to_one(prior, guidance):
     assert torch.equal(drawn, likeliest(prior, labels, guided))
 
 
-def test_given_codes_are_kept_and_gone_on_from(prior):
+def test_given_codes_are_kept_and_continued(prior):
     codes, labels = some_codes(prior)
     drawn = generate(prior, labels, given=codes[:, :4], temperature=1e-6)
     assert torch.equal(drawn[:, :4], codes[:, :4])
@@ -210,7 +210,7 @@ def test_extreme_options_draw_codes_still(prior, options):
 @pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (3, 1.0), (0, 0.7), (0, 1e-9), (4, 0.5), (K, 0.999)])
 def test_only_the_likeliest_codes_are_drawn_from(top_k, top_p):
     logits = torch.randn(50, K, generator=torch.Generator().manual_seed(0))
-    for row, restricted in zip(logits, restrict(logits, top_k, top_p)):
+    for row, restricted in zip(logits, filter_logits(logits, top_k, top_p)):
         kept = sorted(range(K), key=lambda code: -row[code])[: top_k or K]
         share = row[kept].double().softmax(0)
         kept = {code for i, code in enumerate(kept) if share[:i].sum() < top_p}

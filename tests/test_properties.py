@@ -37,7 +37,7 @@ def inputs(draw):
 @settings(max_examples=300, deadline=None)
 @given(inputs())
 def test_every_vector_gets_a_nearest_code(case):
-    """As near as brute force in float64 finds, to float32's rounding."""
+    """As near as the best code by brute force in float64, up to float32's rounding."""
     codebook, z_e = case
     vq = VectorQuantizer(*codebook.shape, kmeans_start=False).eval()
     vq.codebook.data.copy_(codebook)
@@ -74,7 +74,7 @@ VALUES = st.one_of(
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.one_of(st.sampled_from(FLAGS), VALUES), max_size=6))
 def test_any_command_line_is_understood_or_refused(argv):
-    """Refused is: with one line and exit code 2."""
+    """Refused means one line and exit code 2."""
     for parse_args in (script.parse_args, evaluate.parse_args, train_prior.parse_args, sample.parse_args):
         errors = io.StringIO()
         try:
@@ -95,7 +95,7 @@ def test_any_command_line_is_understood_or_refused(argv):
     )
 )
 def test_any_sizes_train_or_are_refused(tmp_path_factory, sizes):
-    """Refused is: with one line and exit code 2, and no file left but the folder's lock."""
+    """Refused means one line and exit code 2, and no file left but the folder's lock."""
     folder = tmp_path_factory.mktemp("any") / "results"
     argv = [f"--out-dir={folder}", "--dataset=digits", "--steps=1", "--device=cpu", "--width=4", "--blocks=1"]
     argv += [f"{flag}={value}" for flag, value in sizes.items()]

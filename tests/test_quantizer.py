@@ -236,7 +236,7 @@ def test_losses_are_the_mean_squared_distances():
     torch.testing.assert_close((out.codebook_loss, out.commitment_loss), (expected, expected))
 
 
-def test_codebook_gradient_is_that_of_torchs_losses():
+def test_codebook_gradient_matches_torch_losses():
     vq, z_e = make(), torch.randn(30, 4)
     vq(z_e).codebook_loss.backward()
     weight = vq.codebook.detach().clone().requires_grad_()
@@ -324,7 +324,7 @@ def test_start_is_k_means_of_the_first_batch():
 
 
 @BOTH_WAYS
-def test_start_goes_on_over_several_small_batches(ema):
+def test_kmeans_start_spans_several_small_batches(ema):
     vq = make(size=20, kmeans_start=True, ema=ema)
     batches = torch.randn(4, 6, 4)
     for i, z in enumerate(batches):
@@ -334,7 +334,7 @@ def test_start_goes_on_over_several_small_batches(ema):
         assert out.indices.max() < vq.started
 
 
-def test_codes_without_a_start_are_never_chosen():
+def test_uninitialised_codes_are_never_chosen():
     vq = make(kmeans_start=True, size=8)
     vq(torch.tensor([[5.0] * 4, [9.0] * 4]))
     assert vq.eval()(torch.randn(100, 4) * 10).indices.max() == 1
@@ -394,7 +394,7 @@ def test_revived_code_survives_the_optimizers_step(ema):
     assert torch.equal(vq.codebook[5], before)
 
 
-def test_reset_forgets_revived_codes_once_and_no_others():
+def test_reset_clears_only_revived_codes_once():
     """All those since the last reset, though they were revived in several batches."""
     vq = make(revive_below=0.5, size=4, decay=0.5)
     optimizer = torch.optim.Adam(vq.parameters())
@@ -499,7 +499,7 @@ def test_saved_quantizer_goes_on_bit_for_bit(ema):
 
 
 @BOTH_WAYS
-def test_half_a_start_loads_into_started_quantizer(ema):
+def test_partial_initialisation_loads_into_initialised_quantizer(ema):
     half, whole = make(size=20, kmeans_start=True, ema=ema), make(size=20, kmeans_start=True, ema=ema)
     half(torch.randn(6, 4))
     whole(torch.randn(100, 4))

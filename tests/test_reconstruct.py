@@ -72,6 +72,7 @@ def drawn(monkeypatch):
 def test_picture_shows_the_first_ten_images(trained_run, drawn, tmp_path, capsys):
     for i in range(12):
         save(tmp_path / "mine" / f"{i:02d}.png", (28, 28), "L")
+    (tmp_path / "mine" / "11.png").write_text("damaged")  # not read, as it is not shown
     run(trained_run, tmp_path / "mine")
     assert "with the first 10 of 12 images" in capsys.readouterr().out
     [figure] = (call for call in drawn if not isinstance(call, tuple))
@@ -121,7 +122,7 @@ def test_large_grids_have_colours_without_numbers(other_run, drawn, tmp_path):
 def test_test_images_stand_in_for_files(trained_run, drawn):
     run(trained_run)
     names, images = drawn[0][2:4]
-    assert names[:2] == ["test 0", "test 1"] and len(images) == script.FROM_TEST_SET
+    assert names[:2] == ["test 0", "test 1"] and len(images) == script.TEST_IMAGES
     assert torch.equal(torch.stack(images), load_dataset("digits").test_images[: len(images)])
 
 
@@ -222,7 +223,7 @@ def random_model(*size, **options):
 
 
 @torch.inference_mode()
-def test_refining_is_a_search_of_one_place_after_another():
+def test_refine_matches_a_sequential_search():
     model, x = random_model(12, 9, downsample=4, blocks=1), torch.rand(3, 1, 12, 9)
     found, codebook = torch.cat(refine(model, x, model.encode(x), candidates=5)), model.levels[0].quantizer.codebook
     for image, start, result in zip(x.split(1), model.encode(x)[0], found):
@@ -265,7 +266,7 @@ def test_refined_codes_reach_the_files(trained_run, tmp_path):
     assert errors["refined"] < errors["plain"]
 
 
-def test_names_alike_are_numbered():
+def test_duplicate_names_are_numbered():
     """Also those that Windows and macOS take for the same; none is too long to be written."""
     paths = [script.Path(name) for name in ("a/x.png", "b/x.jpg", "X.gif", "x_2.png", "x.png", "a\nb.png", "..png")]
     names = unique_names(paths)
@@ -274,7 +275,7 @@ def test_names_alike_are_numbered():
     assert all(len(f"{name}.png".encode()) <= 255 and script.safe_name(name) == name for name in names)
 
 
-def test_many_files_alike_are_numbered_fast():
+def test_many_duplicates_are_numbered_fast():
     assert len(set(unique_names([script.Path(f"{i}/0.png") for i in range(20_000)]))) == 20_000
 
 
@@ -302,11 +303,11 @@ CHANGES = {
     "codebook size": ({"codebook_size": 64}, "codebook_size is 64, but the model has 32"),
     "grid": ({"indices_top": np.zeros((3, 3, 3), int)}, "do not have the shape of 3 images"),
     "too few": ({"indices_top": np.zeros((2, 2, 2), int)}, "do not have the shape of 3 images"),
-    "names alike": ({"names": np.array(["a", "a", "b"])}, "its names are no file names"),
-    "names with folders": ({"names": np.array(["a", "../b", "c"])}, "its names are no file names"),
+    "names alike": ({"names": np.array(["a", "a", "b"])}, "its names are not valid file names"),
+    "names with folders": ({"names": np.array(["a", "../b", "c"])}, "its names are not valid file names"),
     "names too long": ({"names": np.array(["a", "b" * 300, "c"])}, "a file name takes 304 bytes, more than 255"),
-    "names of numbers": ({"names": np.arange(3)}, "names are no text"),
-    "names nested": ({"names": np.array([["a", "b", "c"]])}, "names are no text"),
+    "names of numbers": ({"names": np.arange(3)}, "names are not text"),
+    "names nested": ({"names": np.array([["a", "b", "c"]])}, "names are not text"),
     "no images": (
         {"names": np.array([], str), "indices_top": np.zeros((0, 2, 2)), "indices_bottom": np.zeros((0, 4, 4))},
         "holds no images",
@@ -354,7 +355,7 @@ def test_damaged_codes_are_refused(capsys, trained_run, tmp_path, content):
     printed = refusal(
         capsys, script, f"--run={trained_run}", f"--codes={tmp_path / 'bad.npz'}", f"--out={tmp_path / 'o'}"
     )
-    assert ("not there" if content is None else "not a codes.npz of this project, or damaged") in printed
+    assert ("does not exist" if content is None else "is damaged, or is not a codes.npz of this project") in printed
 
 
 @pytest.mark.parametrize("bad", ["missing", "empty", "text", "truncated", "folder", "empty folder", "line\nbreak"])
@@ -372,7 +373,7 @@ def test_bad_image_is_named_and_nothing_written(capsys, trained_run, tmp_path, b
             (path / "b.png").unlink()
     before = everything(trained_run)
     printed = refusal(capsys, script, f"--run={trained_run}", good, path, f"--out={tmp_path / 'out'}")
-    assert {"empty folder": "holds no images", "missing": "is not there", "line\nbreak": "is not there"}.get(
+    assert {"empty folder": "holds no images", "missing": "does not exist", "line\nbreak": "does not exist"}.get(
         bad, "cannot be decoded"
     ) in printed
     assert everything(trained_run) == before and not (tmp_path / "out").exists()
@@ -391,10 +392,10 @@ def test_existing_out_is_refused_before_anything(capsys, trained_run, tmp_path, 
         shutil.rmtree(out)
         out.write_bytes(b"mine")
     before = everything(tmp_path)
-    assert "is there already; name a new folder" in refusal(capsys, script, *run_flags)
+    assert "exists already; name a new folder" in refusal(capsys, script, *run_flags)
     assert everything(tmp_path) == before
     printed = refusal(capsys, evaluate, f"--run={trained_run}", f"--out={out}")
-    assert "is there already; name a new folder" in printed and everything(tmp_path) == before
+    assert "exists already; name a new folder" in printed and everything(tmp_path) == before
 
 
 @pytest.mark.parametrize("what", ["originals", "codes.npz", "reconstructed.png"])
@@ -409,17 +410,27 @@ def test_full_disk_leaves_nothing_half_written(capsys, trained_run, tmp_path, mo
     )
     monkeypatch.setattr(module, name, fail)
     before = everything(trained_run)
-    printed = refusal(capsys, script, f"--run={trained_run}", tmp_path / "a.png", f"--out={tmp_path / 'out'}")
-    assert "No space left" in printed
-    assert everything(trained_run) == before and not list(tmp_path.glob("out*"))
+    flags = [f"--run={trained_run}", str(tmp_path / "a.png"), f"--out={tmp_path / 'out'}"]
+    if what == "reconstructed.png":  # what was written elsewhere is kept
+        with pytest.raises(SystemExit) as ended:
+            script.main(script.parse_args(flags))
+        printed = capsys.readouterr()
+        assert ended.value.code == 1 and "No space left" in printed.err and f"{what}\n" not in printed.out
+        assert (tmp_path / "out" / "codes.npz").is_file()
+    else:
+        assert "No space left" in refusal(capsys, script, *flags)
+        assert not list(tmp_path.glob("out*"))
+    assert everything(trained_run) == before
 
 
-def test_out_left_by_a_kill_makes_way(trained_run, tmp_path):
-    """A half-written folder inside that of the run stops no later command."""
-    (trained_run / "out.0123456789abcdef.tmp" / "originals").mkdir(parents=True)
+def test_out_left_by_a_kill_stops_no_command(trained_run, tmp_path, capsys):
+    """It is left alone, also inside the run's folder, as another process may be writing it."""
+    left = trained_run / "out.0123456789abcdef.tmp"
+    (left / "originals").mkdir(parents=True)
     save(tmp_path / "a.png", mode="L")
     run(trained_run, tmp_path / "a.png", f"--out={trained_run / 'out'}")
-    assert not list(trained_run.glob("*.tmp")) and (trained_run / "out" / "codes.npz").is_file()
+    assert left.is_dir() and f"{left} was left by an --out" in capsys.readouterr().err
+    assert (trained_run / "out" / "codes.npz").is_file()
 
 
 @pytest.mark.parametrize(

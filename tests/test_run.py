@@ -1,4 +1,4 @@
-"""A run stops, goes on, makes way and diverges as the README says."""
+"""A run stops, resumes, is moved aside and diverges as the README says."""
 
 import argparse
 import errno
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from harness import run
 from harness.data import batch_indices, load_dataset
-from harness.run import Means, Run, duration, short
+from harness.run import Means, Run, format_duration, format_number
 from harness.storage import load_checkpoint, save_checkpoint
 
 import pytest
@@ -76,11 +76,11 @@ def test_schedule_warms_up_then_falls_linearly():
 
 def test_logged_numbers_are_short():
     values = (0.0123449, 512, 512.04, 34350, 34350.6, -2000)
-    assert [short(value) for value in values] == ["0.01234", "512", "512", "34,350", "34,351", "-2,000"]
+    assert [format_number(value) for value in values] == ["0.01234", "512", "512", "34,350", "34,351", "-2,000"]
 
 
-def test_time_is_told_in_its_unit():
-    assert [duration(seconds) for seconds in (40, 720, 12600)] == ["40 s", "12 min", "3.5 h"]
+def test_duration_is_formatted_with_unit():
+    assert [format_duration(seconds) for seconds in (40, 720, 12600)] == ["40 s", "12 min", "3.5 h"]
 
 
 def test_steps_yield_the_batches_of_the_seed(tmp_path, monkeypatch):
@@ -101,12 +101,12 @@ def test_signal_stops_at_the_end_of_a_step(finished_run, tmp_path, capsys, stop_
     signal.signal(signum, signal.SIG_DFL)  # the tests may run under nohup
     stop_at(13, tmp_path, *STEPS, signum=signum)
     printed = capsys.readouterr()
-    assert "stopped at step 13; run the same command again to go on" in printed.out and not printed.err
+    assert "stopped at step 13; run the same command again to resume" in printed.out and not printed.err
     assert load_checkpoint(tmp_path)["progress"]["step"] == 13
     stopped = rows(tmp_path)
     assert [row["step"] for row in stopped] == ["5", "10"]
     train(tmp_path, *STEPS)
-    assert "going on from step 13" in capsys.readouterr().out
+    assert "resuming from step 13" in capsys.readouterr().out
     assert rows(tmp_path)[:2] == stopped and same_run(tmp_path, finished_run) and not archives(tmp_path)
 
 
@@ -119,7 +119,7 @@ def test_second_ctrl_c_ends_at_once(tmp_path, in_step):
     assert handlers == [signal.SIG_DFL]
 
 
-def test_ctrl_c_then_the_same_command_goes_on(finished_run, tmp_path):
+def test_same_command_resumes_after_ctrl_c(finished_run, tmp_path):
     """In a process of its own each time, with steps so slow that the signal comes at any moment of one."""
     command = [sys.executable, ROOT / "train.py", f"--out-dir={tmp_path}", *SMALL, *STEPS]
     with started(command, stderr=subprocess.STDOUT) as process:
@@ -129,9 +129,9 @@ def test_ctrl_c_then_the_same_command_goes_on(finished_run, tmp_path):
         process.wait(60)
     step = load_checkpoint(tmp_path)["progress"]["step"]
     assert process.returncode == 130 and 10 <= step < 30 and "Traceback" not in printed
-    assert f"stopped at step {step}; run the same command again to go on" in printed
+    assert f"stopped at step {step}; run the same command again to resume" in printed
     done = program("train.py", *command[2:])
-    assert done.returncode == 0 and f"going on from step {step}" in done.stdout, done.stderr
+    assert done.returncode == 0 and f"resuming from step {step}" in done.stdout, done.stderr
     assert same_run(tmp_path, finished_run)
 
 
@@ -150,7 +150,7 @@ def test_signal_in_the_last_step_lets_it_finish(finished_run, tmp_path, in_step)
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("way", "cut", "levels"), [("--ema", 1, 1), ("--no-ema", 13, 1), ("--ema", 13, 2)])
-def test_going_on_is_exact_to_the_bit(tmp_path, stop_at, way, cut, levels, precision):
+def test_resumes_bit_for_bit(tmp_path, stop_at, way, cut, levels, precision):
     """Stop between lines and saves, and go on in a new process; 1,000 codes take two batches to start."""
     flags = [way, f"--precision={precision}", "--codebook-size=1000", "--decay=0.5", "--revive-below=0.9"]
     flags = [*flags, f"--levels={levels}", "--steps=24", "--save-every=8"]
@@ -166,7 +166,7 @@ def test_going_on_is_exact_to_the_bit(tmp_path, stop_at, way, cut, levels, preci
 
 
 def test_images_on_disk_make_the_same_run(folder, tmp_path, stop_at):
-    """Read ahead by workers, stopped and gone on with, it is the run on images in memory."""
+    """With workers that read ahead, stopped and resumed, it equals the run on images in memory."""
     flags = [f"--dataset={folder}", "--levels=2", "--steps=12", "--save-every=4"]
     train(tmp_path / "memory", *flags)
     stop_at(5, tmp_path / "disk", *flags, "--memory-limit=0")
@@ -187,7 +187,7 @@ def test_folder_that_vanishes_ends_the_run(tmp_path, in_step, capsys):
     with pytest.raises(SystemExit) as ended:
         train(folder, "--steps=40", "--save-every=7")
     printed = capsys.readouterr().err
-    assert ended.value.code == 1 and printed.count("\n") == 1 and "cannot go on after step 14" in printed
+    assert ended.value.code == 1 and printed.count("\n") == 1 and "cannot continue after step 14" in printed
     assert load_checkpoint(moved)["progress"]["step"] == 7
 
 
@@ -196,7 +196,7 @@ def test_images_that_vanish_end_the_run(folder, tmp_path):
     flags += ["--steps=99", "--save-every=25", "--log-every=25"]  # farther apart than workers decode ahead
     done = program("lose_images.py", folder, *SMALL, *flags)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-    assert "cannot be decoded" in done.stderr and "the checkpoint of step 25 is whole" in done.stderr
+    assert "cannot be decoded" in done.stderr and "the checkpoint of step 25 is intact" in done.stderr
 
 
 @pytest.mark.parametrize("way", ["--ema", "--no-ema"])
@@ -208,8 +208,8 @@ def test_divergence_ends_the_run_before_it_saves(tmp_path, capsys, way):
     saved = load_checkpoint(tmp_path)
     assert ended.value.code == 1 and printed.count("\n") == 1
     assert "diverged after step" in printed and "NaN or infinite; lower the learning rate" in printed
-    assert f"the checkpoint of step {saved['progress']['step']} is whole" in printed
-    advice = printed.strip().split("to go on: ")[1]  # by the same steps it would diverge again
+    assert f"the checkpoint of step {saved['progress']['step']} is intact" in printed
+    advice = printed.strip().split("to resume: ")[1]  # by the same steps it would diverge again
     assert script.parse_args(advice.split()[2:]).lr == 5e19
     with pytest.raises(SystemExit):
         script.main(script.parse_args([*advice.split()[2:], "--codebook-lr=1"]))
@@ -224,7 +224,7 @@ def test_divergence_of_the_last_step_starts_anew(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         train(tmp_path, "--steps=1", "--lr=1e25")
     printed = capsys.readouterr().err
-    assert ended.value.code == 1 and printed.endswith("start anew with --fresh and a lower rate\n")
+    assert ended.value.code == 1 and printed.endswith("start over with --fresh and a lower rate\n")
     assert "values of z_e are NaN or infinite" in refusal(capsys, evaluate, f"--run={tmp_path}")
 
 
@@ -272,7 +272,7 @@ def test_run_of_other_code_makes_way(tmp_path, stop_at, capsys):
     save_checkpoint(tmp_path, load_checkpoint(tmp_path) | {"code": "that of another day"})
     train(tmp_path, *STEPS)
     printed = capsys.readouterr().out
-    assert ": the code has changed since; --resume would have gone on" in printed and "going on from" not in printed
+    assert ": the code has changed since; --resume would have resumed it" in printed and "resuming from" not in printed
     (archive,) = archives(tmp_path)
     assert load_checkpoint(archive)["progress"]["step"] == 13
 
@@ -281,7 +281,7 @@ def test_run_of_other_code_goes_on_by_resume(tmp_path, stop_at, finished_run, ca
     stop_at(13, tmp_path, *STEPS)
     save_checkpoint(tmp_path, load_checkpoint(tmp_path) | {"code": "that of another day"})
     script.main(script.parse_args([f"--resume={tmp_path}"]))
-    assert "going on from step 13" in capsys.readouterr().out and same_run(tmp_path, finished_run)
+    assert "resuming from step 13" in capsys.readouterr().out and same_run(tmp_path, finished_run)
 
 
 def test_run_of_other_images_makes_way(folder, tmp_path, stop_at, capsys):
@@ -314,6 +314,58 @@ def test_fresh_run_goes_on_when_torchrun_restarts_it(tmp_path, stop_at, finished
     assert len(archives(tmp_path)) == 1
 
 
+def test_torchrun_never_retrains_a_finished_run(tmp_path, monkeypatch, capsys):
+    """A rank that dies after the summary makes torchrun start all of them again."""
+    monkeypatch.setattr(run, "join_ranks", lambda device: (0, "job 1"))
+    for _ in range(2):
+        train(tmp_path, "--steps=2")
+    assert "resuming from step 2" in capsys.readouterr().out and not archives(tmp_path)
+    assert [row["step"] for row in rows(tmp_path)] == ["2"]
+
+
+def test_signal_handlers_are_restored(tmp_path):
+    """A notebook goes on after a run, and so must its Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGTERM)
+    train(tmp_path, "--steps=1")
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) == before[1]
+
+
+def test_ignored_signals_stay_ignored(tmp_path, in_step):
+    """A shell script's background job ignores Ctrl-C, nohup a closed terminal."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    in_step(1, lambda: os.kill(os.getpid(), signal.SIGINT))
+    train(tmp_path, "--steps=2")
+    assert load_checkpoint(tmp_path)["progress"]["step"] == 2
+
+
+def test_full_disk_at_the_end_is_one_line(tmp_path, capsys, monkeypatch):
+    """TensorBoard's writer tells it when it is closed."""
+
+    class Writer:
+        def __init__(self, *_, **options):
+            pass
+
+        def add_scalar(self, *_, **options):
+            pass
+
+        add_image = add_scalar
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run, "summary_writer", lambda: Writer)
+    with pytest.raises(SystemExit) as ended:
+        train(tmp_path, "--steps=2", "--tensorboard")
+    printed = capsys.readouterr().err
+    assert ended.value.code == 1 and printed.count("\n") == 1 and "No space left on device" in printed
+    done = program("train.py", *SMALL, f"--out-dir={tmp_path}", "--steps=2")
+    assert done.returncode == 0, done.stderr  # the folder is not locked
+
+
 def test_fresh_run_goes_on_without_the_flag(tmp_path, stop_at, finished_run):
     stop_at(13, tmp_path, *STEPS, "--fresh")
     train(tmp_path, *STEPS)
@@ -329,7 +381,7 @@ def test_damaged_checkpoint_is_not_overwritten(tmp_path, stop_at, capsys):
     stop_at(13, tmp_path, *STEPS)
     (tmp_path / "checkpoint.pt").write_bytes(b"damaged")
     printed = refusal(capsys, script, f"--out-dir={tmp_path}", *SMALL, *STEPS)
-    assert "to go on from step 10 instead: cp " in printed and "or start anew with --fresh" in printed
+    assert "to resume from step 10 instead: cp " in printed and "or start over with --fresh" in printed
     assert (tmp_path / "checkpoint.pt").read_bytes() == b"damaged" and not archives(tmp_path)
     train(tmp_path, "--steps=1", "--fresh")
     assert (archives(tmp_path)[0] / "checkpoint.pt").read_bytes() == b"damaged"
@@ -345,7 +397,7 @@ def test_bad_images_stop_the_run_before_it_moves(capsys, folder, trained_run):
 def test_batch_larger_than_the_data_is_refused(capsys, trained_run):
     before = {path.name for path in trained_run.iterdir()}
     printed = refusal(capsys, script, "--dataset=digits", "--batch-size=1501", f"--out-dir={trained_run}")
-    assert "--batch-size 1501 is not from 1 (processes) to 1500 (training images)" in printed
+    assert "--batch-size 1501 is not between 1 (processes) and 1500 (training images)" in printed
     assert {path.name for path in trained_run.iterdir()} == before
 
 
@@ -365,8 +417,9 @@ def test_resume_may_change_the_length(tmp_path, stop_at, capsys):
     stop_at(13, tmp_path, *STEPS)
     stop_at(33, tmp_path, call=lambda folder: script.main(script.parse_args([f"--resume={folder}", "--steps=40"])))
     train(tmp_path, *STEPS, "--steps=40")
-    assert "going on from step 33" in capsys.readouterr().out and not archives(tmp_path)
+    assert "resuming from step 33" in capsys.readouterr().out and not archives(tmp_path)
     assert [int(row["step"]) for row in rows(tmp_path)] == list(range(5, 41, 5))
+    assert load_checkpoint(tmp_path)["args"]["lr"] == 0.3 * 30**-0.5  # that of the first command, not of 40 steps
 
 
 def test_resumed_longer_run_keeps_its_measurements(trained_run):
@@ -421,7 +474,7 @@ def test_resume_refuses_other_images(capsys, folder, tmp_path, change):
     (folder / change).rename(folder / Path(change).parent / "renamed.png")
     printed = refusal(capsys, script, f"--resume={tmp_path / 'run'}", "--steps=4")
     renamed = f"{Path(change).parent}/renamed.png"
-    assert f"as it was: 1 added ({renamed} ...), 1 removed ({change} ...)" in printed
+    assert f"): 1 added ({renamed} ...), 1 removed ({change} ...)" in printed
 
 
 def test_resume_finds_images_where_they_are_now(folder, tmp_path):
@@ -481,12 +534,12 @@ def test_stopped_prior_goes_on_by_the_same_command(trained_run, prior_run, stop_
     flags = ("--steps=8", "--save-every=4")
     stop_at(5, trained_run, *flags, call=train_prior)
     train_prior(trained_run, *flags)
-    assert "going on from step 5" in capsys.readouterr().out and not archives(trained_run)
+    assert "resuming from step 5" in capsys.readouterr().out and not archives(trained_run)
     for name in ("prior_metrics.csv", "prior_curves.png", "samples_000004.png", "samples_000008.png"):
         assert (trained_run / name).read_bytes() == (prior_run / name).read_bytes()
 
 
-def test_prior_of_a_trained_on_vqvae_makes_way(generating_run, stop_at, capsys):
+def test_prior_moves_aside_after_vqvae_resumes(generating_run, stop_at, capsys):
     """Its codes are those of another VQ-VAE now."""
     stop_at(3, generating_run, "--steps=6", call=train_prior)
     script.main(script.parse_args([f"--resume={generating_run}", "--steps=32"]))
@@ -496,15 +549,15 @@ def test_prior_of_a_trained_on_vqvae_makes_way(generating_run, stop_at, capsys):
     assert "changed" in printed.split("its vqvae")[1].splitlines()[0]
     assert load_checkpoint(generating_run, "prior")["progress"]["step"] == 6
     printed = refusal(capsys, prior_script, f"--run={generating_run}", *TINY, "--batch-size=1426")
-    assert "1 (processes) to 1425 (training images)" in printed
+    assert "1 (processes) and 1425 (training images)" in printed
 
 
-def test_command_to_go_on_can_be_pasted(tmp_path, capsys):
+def test_resume_command_can_be_pasted(tmp_path, capsys):
     """Whatever the folder's name."""
     folder = tmp_path / "my run's"
     with pytest.raises(SystemExit):
         train(folder, "--steps=40", "--save-every=5", "--lr=1e20")
-    words = shlex.split(capsys.readouterr().err.strip().split("to go on: ")[1])
+    words = shlex.split(capsys.readouterr().err.strip().split("to resume: ")[1])
     assert words[0] == sys.executable and Path(words[1]).samefile(ROOT / "train.py")
     assert words[2:4] == ["--resume", str(folder)]
 
@@ -545,7 +598,7 @@ def check_curves(folder, metrics, pictures, steps):
 
 
 def test_tensorboard_shows_the_metrics_without_doubles(finished_run, tmp_path, stop_at):
-    """Stopped between two lines, and killed after lines that no checkpoint holds, the run goes on with its curves."""
+    """The run is stopped between two rows, or killed after rows that no checkpoint holds; its curves continue."""
     flags = [*STEPS, "--tensorboard"]
     stop_at(13, tmp_path, *flags)
     shutil.copy(tmp_path / "checkpoint_previous.pt", tmp_path / "before.pt")
@@ -644,10 +697,10 @@ def test_going_on_keeps_and_names_the_prior(generating_run, capsys):
     before = (generating_run / "prior.pt").read_bytes()
     script.main(script.parse_args([f"--resume={generating_run}", "--steps=31"]))
     printed = capsys.readouterr().out
-    assert f"the prior in {generating_run} belongs to the VQ-VAE of step 30; train it anew after this run" in printed
+    assert f"the prior in {generating_run} belongs to the VQ-VAE of step 30; train it again after this run" in printed
     assert (generating_run / "prior.pt").read_bytes() == before
     printed = refusal(capsys, sample, f"--run={generating_run}")
-    assert "of step 30, than the one there, of step 31; train it anew" in printed
+    assert "(step 30) than the one in this folder (step 31); train it again" in printed
 
 
 def test_ctrl_c_of_the_group_spares_workers(folder, tmp_path):

@@ -123,10 +123,7 @@ def test_folder_without_classes_runs_from_train_to_sample(tmp_path, levels):
     assert sample(model, prior, num=5).shape == (5, 3, 12, 16)
     draw(folder, "--num=7")
     draw(folder, "--complete", tmp_path / "photos" / "0.png")
-    assert (
-        "the prior was trained on 0 classes"
-        in pytest.raises(ValueError, sample, model, prior, classes=[1]).value.args[0]
-    )
+    assert "the prior has 0 classes" in pytest.raises(ValueError, sample, model, prior, classes=[1]).value.args[0]
 
 
 def test_run_without_checkpoint_or_prior_is_refused(capsys, tmp_path, trained_run):
@@ -140,7 +137,7 @@ def test_prior_of_another_vqvae_is_refused(capsys, generating_run, tmp_path):
     train(tmp_path / "other", "--steps=1")
     shutil.copy(tmp_path / "other" / "checkpoint.pt", generating_run)
     printed = refusal(capsys, sample_script, "--run", generating_run)
-    assert "belongs to another VQ-VAE, of step 30, than the one there, of step 1; train it anew" in printed
+    assert "belongs to another VQ-VAE (step 30) than the one in this folder (step 1); train it again" in printed
 
 
 @pytest.mark.parametrize("classes", [9, 11])
@@ -150,7 +147,7 @@ def test_prior_of_other_classes_is_refused(capsys, generating_run, classes):
     state["identity"]["shape"]["classes"], weights = classes, state["best"]["model"]
     weights["label.weight"] = F.pad(weights["label.weight"], (0, 0, 0, classes - 10))
     write_state(generating_run / "prior.pt", state)
-    assert "one of other codes; train it anew" in refusal(capsys, sample_script, "--run", generating_run)
+    assert "does not fit the VQ-VAE's codes; train it again" in refusal(capsys, sample_script, "--run", generating_run)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +166,7 @@ def test_prior_of_other_classes_is_refused(capsys, generating_run, classes):
         ("--top-k", "-1", "top-k"),
         ("--num", "0", "num"),
         ("--keep", "1.5", "keep"),
-        ("--complete", "none.png", "none.png is not there"),
+        ("--complete", "none.png", "none.png does not exist"),
     ],
 )
 def test_bad_flag_is_named_in_one_line(capsys, prior_run, flag, value, message):
@@ -187,11 +184,9 @@ def test_mistyped_run_leaves_no_folder(capsys, tmp_path):
     assert not (tmp_path / "typo").exists()
 
 
-def test_single_images_never_fall_among_others(capsys, prior_run, tmp_path):
+def test_out_refuses_a_folder_with_files(capsys, prior_run, tmp_path):
     (tmp_path / "00000.png").write_bytes(b"mine")
-    assert "is there already; name a new folder" in refusal(
-        capsys, sample_script, "--run", prior_run, "--out", tmp_path
-    )
+    assert "exists already; name a new folder" in refusal(capsys, sample_script, "--run", prior_run, "--out", tmp_path)
     assert (tmp_path / "00000.png").read_bytes() == b"mine"
 
 
@@ -285,7 +280,7 @@ def test_completions_belong_to_their_image(generating_run, drawn, monkeypatch, t
         assert all((completion.int() - made.int()).abs().max() <= 1 for completion in row[1:])
 
 
-def test_picture_that_fails_is_not_said_to_be_written(generating_run, tmp_path, capsys):
+def test_failed_picture_is_not_reported_as_written(generating_run, tmp_path, capsys):
     (generating_run / "samples.png").mkdir()  # which no file can replace
     with pytest.raises(SystemExit) as ended:
         draw(generating_run, "--num=2", f"--out={tmp_path / 'images'}")

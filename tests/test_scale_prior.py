@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY, ended, far_from_zero, refusal, same_state, save, some_codes, train, train_prior
+from PIL import Image
 
 import demo
 import sample as sample_script
@@ -42,7 +43,7 @@ def changed(codes, position):
     return codes
 
 
-def test_no_logit_depends_on_codes_of_its_scale_or_later(prior):
+def test_logits_depend_only_on_earlier_scales(prior):
     codes, labels = some_codes(prior)
     logits = prior(codes, labels)
     assert logits.shape == (5, prior.length, K)
@@ -85,12 +86,12 @@ def test_quantizer_is_neither_trained_nor_saved(prior):
     assert not any("codebook" in name or "phi" in name for name in prior.state_dict())
 
 
-def test_learns_by_heart_and_draws_each_class():
+def test_memorises_and_draws_each_class():
     torch.manual_seed(0)
     quantizer = MultiScaleQuantizer(SCALES[0], K, D, kmeans_start=False)
     torch.nn.init.normal_(quantizer.codebook)
     prior = ScalePrior(quantizer, codebook_size=K, grids=SCALES[0], classes=4, width=32, depth=2, heads=2)
-    prior.start_from_codebooks([quantizer.codebook.detach()])
+    prior.init_from_codebooks([quantizer.codebook.detach()])
     codes, labels = torch.randint(K, (4, prior.length)), torch.arange(4)
     optimizer = torch.optim.Adam(prior.parameters(), lr=1e-2)
     for _ in range(150):
@@ -167,7 +168,7 @@ def test_samples_are_shown_after_each_scale(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("keep", "kept"), [(0.0, 0), (0.07, 1), (0.5, 21)])
 def test_completion_keeps_whole_scales(run, tmp_path, monkeypatch, keep, kept):
     copy, image = shutil.copytree(run, tmp_path / "results"), load_dataset("digits").test_images[0]
-    sample_script.to_pil_image(image).save(tmp_path / "digit.png")
+    Image.fromarray(image[0].numpy()).save(tmp_path / "digit.png")
     given, original = [], sample_script.generate
     monkeypatch.setattr(
         sample_script, "generate", lambda *args, **options: given.append(options["given"]) or original(*args, **options)

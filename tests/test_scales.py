@@ -59,7 +59,7 @@ def algorithm_1(quantizer, z_e):
 
 
 @pytest.mark.parametrize("scales", SCALES, ids=str)
-def test_codes_are_those_of_algorithm_1(scales):
+def test_codes_match_algorithm_1(scales):
     quantizer, z_e = make(scales).eval(), vectors(scales, seed=2)
     with torch.no_grad():
         expected = algorithm_1(quantizer, z_e)
@@ -105,7 +105,7 @@ def test_one_scale_is_vector_quantizer_bit_for_bit(ema, layout):
 
 
 @pytest.mark.parametrize("scales", SCALES, ids=str)
-def test_gradients_are_those_of_autograd(scales):
+def test_gradients_match_autograd(scales):
     """Of the formulas with the codes that were chosen; the toy decoder is a product with fixed numbers."""
     quantizer, factor = make(scales).eval(), vectors(scales, seed=3)
     z_e = vectors(scales, seed=2).requires_grad_()
@@ -142,7 +142,7 @@ def test_reconstruction_loss_trains_the_encoder_alone(ema):
 
 
 @pytest.mark.parametrize("ema", [False, True])
-def test_learns_what_is_left_over(ema):
+def test_scales_leave_a_smaller_residual(ema):
     """Few codes for many vectors: the scales together leave less than one scale of the same codebook."""
     z_e = F.interpolate(torch.randn(64, D, 2, 2), (7, 7), mode="bicubic").requires_grad_()
     left = []
@@ -162,7 +162,7 @@ def test_start_sees_the_residuals_of_all_scales():
     """With a code for each distinct residual, k-means leaves nothing over."""
     z_e = torch.randn(4, D, 4, 4)
     quantizer = MultiScaleQuantizer([(1, 1), (2, 2), (4, 4)], 4 * 21, D)
-    assert quantizer(z_e).codebook_loss < 1e-10 and quantizer.all_started
+    assert quantizer(z_e).codebook_loss < 1e-10 and quantizer.all_initialised
     torch.testing.assert_close(quantizer.lookup(quantizer.eval().encode(z_e)), z_e, rtol=0, atol=1e-4)
 
 
@@ -325,7 +325,7 @@ def test_images_need_be_neither_square_nor_grey(tmp_path):
         (["--scales=1,2x3x4,7"], "must be auto, or sizes from coarse to fine"),
         (["--scales=0,7"], "must be auto, or sizes from coarse to fine"),
         (["--scales=fine"], "must be auto, or sizes from coarse to fine"),
-        (["--scales=1,7", "--levels=2"], "--levels 2 and --scales exclude each other"),
+        (["--scales=1,7", "--levels=2"], "--levels 2 and --scales cannot be combined"),
         (["--scales="], "argument --scales: must not be empty"),
     ],
 )

@@ -6,12 +6,14 @@ import os
 import random
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
 from harness import storage
+from harness.run import is_finished
 from harness.storage import (
     Damaged,
     OtherVersion,
@@ -19,7 +21,7 @@ from harness.storage import (
     is_run_folder,
     load_checkpoint,
     lock_folder,
-    make_way,
+    move_aside,
     new_folder,
     read_state,
     save_checkpoint,
@@ -29,6 +31,7 @@ from harness.storage import (
     write_whole,
 )
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT, SMALL, ended, program, refusal, rows, same_state, started, train
@@ -123,7 +126,7 @@ def test_damaged_bits_are_always_found(trained_run):
         path.write_bytes(damaged)
         with pytest.raises(Damaged, match="checkpoint.pt"):
             read_state(path)
-    with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged.* to go on from step 20 instead: cp "):
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged.* to resume from step 20 instead: cp "):
         load_checkpoint(trained_run)
 
 
@@ -177,7 +180,7 @@ def test_damaged_checkpoint_names_the_one_before(trained_run, capsys):
     """The command in the message brings it back, and the run goes on from there."""
     (trained_run / "checkpoint.pt").write_bytes(b"")
     printed = refusal(capsys, script, f"--resume={trained_run}", "--steps=40")
-    advice = printed.strip().split("to go on from step 20 instead: ")[1]
+    advice = printed.strip().split("to resume from step 20 instead: ")[1]
     ended(advice.split(), check=True)
     assert load_checkpoint(trained_run)["progress"]["step"] == 20
     script.main(script.parse_args([f"--resume={trained_run}", "--steps=40"]))
@@ -261,8 +264,8 @@ def test_killed_move_goes_on_into_the_same_folder(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Path, "rename", killed)
-        make_way(tmp_path)
-    make_way(tmp_path)
+        move_aside(tmp_path)
+    move_aside(tmp_path)
     (archive,) = tmp_path.iterdir()
     assert {path.name for path in archive.iterdir()} == set(names)
     assert archive.name == time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(1e9 + 9))
@@ -272,7 +275,7 @@ def test_runs_of_the_same_second_move_apart(tmp_path):
     for text in ("first", "second"):
         (tmp_path / "metrics.csv").write_text(text)
         os.utime(tmp_path / "metrics.csv", (1e9, 1e9))
-        make_way(tmp_path)
+        move_aside(tmp_path)
     assert sorted(path.read_text() for path in tmp_path.glob("*/metrics.csv")) == ["first", "second"]
 
 
@@ -294,7 +297,7 @@ def test_second_run_in_a_folder_is_refused(tmp_path, capsys):
 @pytest.mark.skipif(sys.platform == "win32", reason="locks a file as Unix does")
 def test_lock_of_a_killed_run_is_waited_for(tmp_path):
     """Its other processes may take some seconds to see that the first has died."""
-    (tmp_path / ".lock.pid").write_text(ended(["sh", "-c", "echo $$"]).stdout)
+    (tmp_path / ".lock.pid").write_text(ended(["sh", "-c", "echo $$ 0.0"]).stdout)
     with open(tmp_path / ".lock", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         timer = threading.Timer(1, fcntl.flock, [held, fcntl.LOCK_UN])
@@ -304,13 +307,14 @@ def test_lock_of_a_killed_run_is_waited_for(tmp_path):
 
 
 def test_only_our_own_temporary_files_are_removed(trained_run):
-    """Those of a killed run go; what a user calls so stays."""
+    """Those of a killed run are deleted; a user's own *.tmp files stay."""
     for name in ("a.0123456789abcdef.tmp", "notes.tmp", "a.0123456789ABCDEF.tmp"):
         (trained_run / name).write_text("")
-    (trained_run / "mine.tmp").mkdir()
+    for name in ("mine.tmp", "b.0123456789abcdef.tmp"):  # the second may be an --out that is being written
+        (trained_run / name).mkdir()
     evaluate.main(evaluate.parse_args([f"--run={trained_run}"]))
     left = {path.name for path in trained_run.glob("*.tmp")}
-    assert left == {"notes.tmp", "a.0123456789ABCDEF.tmp", "mine.tmp"}
+    assert left == {"notes.tmp", "a.0123456789ABCDEF.tmp", "mine.tmp", "b.0123456789abcdef.tmp"}
 
 
 def test_file_system_without_locks_is_named(trained_run, capsys, monkeypatch):
@@ -369,16 +373,16 @@ def test_word_in_the_metrics_is_named_before_training(generating_run, capsys, na
     path.write_text("\n".join([*lines[:2], ",".join(cells), *lines[3:], ""]))
     forged = path.read_bytes()
     printed = refusal(capsys, call, f"--resume={generating_run}", "--steps=31")
-    assert f"{path}, line 3, is not as this project writes it" in printed and "move the file away" in printed
+    assert f"{path}, line 3, is not a valid row" in printed and "move the file away" in printed
     assert path.read_bytes() == forged
     path.unlink()
     call.main(call.parse_args([f"--resume={generating_run}", "--steps=31"]))
     assert path.exists()
 
 
-def test_new_folder_takes_the_place_of_an_empty_one_alone(tmp_path):
+def test_new_folder_replaces_only_an_empty_one(tmp_path):
     (tmp_path / "mine").write_text("")
-    with pytest.raises(ValueError, match="is there already; name a new folder"), new_folder(tmp_path):
+    with pytest.raises(ValueError, match="exists already; name a new folder"), new_folder(tmp_path):
         pass
     (tmp_path / "empty").mkdir()
     with new_folder(tmp_path / "empty") as folder:
@@ -400,23 +404,25 @@ def test_new_folder_refuses_what_it_cannot_replace(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     if name == "loop":
         Path(name).symlink_to(name)
-    with pytest.raises(ValueError, match=f"--out {name} is there already"), new_folder(name):
+    with pytest.raises(ValueError, match=f"--out {name} exists already"), new_folder(name):
         pass
 
 
-def test_half_written_folder_of_a_kill_is_told(tmp_path, capsys):
+def test_warns_of_half_written_folder(tmp_path, capsys):
     """It is left alone, as another process may be writing it."""
     left, other = tmp_path / "out[1].0123456789abcdef.tmp", tmp_path / "out[1].mine.tmp"
     left.mkdir()
     other.mkdir()
     with new_folder(tmp_path / "out[1]"):
         printed = capsys.readouterr().err
-    assert f"{left} is half of an --out that was killed" in printed and str(other) not in printed and left.is_dir()
+    assert f"{left} was left by an --out that was killed" in printed and str(other) not in printed and left.is_dir()
 
 
-def test_number_of_no_process_is_no_owner(tmp_path):
-    (tmp_path / ".lock.pid").write_text("9" * 20)
-    lock_folder(tmp_path).release()
+def test_invalid_pid_is_no_owner(tmp_path):
+    for content in ("9" * 20 + " 0.0", "1", "", "one two"):
+        (tmp_path / ".lock.pid").write_text(content)
+        assert not is_run_folder(tmp_path)
+        lock_folder(tmp_path).release()
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs the device that is always full")
@@ -430,7 +436,7 @@ def test_full_disk_names_what_was_written(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["checkpoint.pt", "prior.pt"])
-def test_folder_of_a_run_is_known_by_one_file(tmp_path, name):
+def test_one_file_marks_a_run_folder(tmp_path, name):
     assert not is_run_folder(tmp_path)
     (tmp_path / name).write_text("")
     assert is_run_folder(tmp_path)
@@ -440,22 +446,65 @@ def test_lock_makes_a_run_while_its_process_lives(tmp_path):
     """A run that was refused leaves its lock in what may be a folder of images."""
     lock_folder(tmp_path).release()
     assert is_run_folder(tmp_path)
-    with started([sys.executable, "-c", ""]) as process:
-        (tmp_path / ".lock.pid").write_text(f"{process.pid}\n")
+    with started([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        began = psutil.Process(process.pid).create_time()
+        (tmp_path / ".lock.pid").write_text(f"{process.pid} {began}")
+        assert is_run_folder(tmp_path)
+        (tmp_path / ".lock.pid").write_text(f"{process.pid} {began - 1}")  # an earlier process had the same number
+        assert not is_run_folder(tmp_path)
+        (tmp_path / ".lock.pid").write_text(f"{process.pid} {began}")
     assert not is_run_folder(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["metrics.csv", "checkpoint.pt", "prior.pt"])
-def test_pipe_in_place_of_a_file_is_not_waited_for(generating_run, capsys, name):
+def test_does_not_block_on_a_pipe(generating_run, capsys, name):
     (generating_run / name).unlink()
     os.mkfifo(generating_run / name)
     call = prior_script if name == "prior.pt" else script
     assert name in refusal(capsys, call, f"--resume={generating_run}", "--steps=31")
 
 
+def test_pipes_of_other_names_do_not_block_either(tmp_path):
+    for name in (".lock.pid", "summary.json"):
+        os.mkfifo(tmp_path / name)
+    assert not is_run_folder(tmp_path)
+    assert not is_finished(tmp_path, "checkpoint", {"step": 2, "reports": True}, 2)
+
+
+def test_mount_point_is_no_new_folder(tmp_path, monkeypatch):
+    """Nothing can be renamed to it."""
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "out")
+    with pytest.raises(ValueError, match="exists already; name a new folder"), new_folder(tmp_path / "out"):
+        raise AssertionError
+
+
+def test_finished_files_survive_a_taken_name(tmp_path):
+    """Something was put into the folder while the files were written."""
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OSError, match="the files are in ") as failed, new_folder(tmp_path / "out") as folder:
+        (folder / "mine.png").write_text("hours of work")
+        (tmp_path / "out" / "other.png").write_text("")
+    kept = Path(str(failed.value).split("the files are in ")[1])
+    assert (kept / "mine.png").read_text() == "hours of work" and (tmp_path / "out" / "other.png").exists()
+
+
+def test_hidden_files_are_no_code(tmp_path, monkeypatch):
+    """Editors and macOS leave them beside the code, some as links to nowhere."""
+    (tmp_path / "harness").mkdir()
+    (tmp_path / "train.py").write_text("code")
+    monkeypatch.setattr(storage, "__file__", str(tmp_path / "harness" / "storage.py"))
+    before = storage.code_digest()
+    (tmp_path / ".#train.py").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "harness" / "._run.py").write_text("")
+    assert storage.code_digest() == before
+    (tmp_path / "harness" / "run.py").write_text("")
+    assert storage.code_digest() != before
+
+
 def test_broken_link_makes_way(tmp_path):
     (tmp_path / "checkpoint.pt").symlink_to(tmp_path / "nowhere")
-    make_way(tmp_path)
+    move_aside(tmp_path)
     assert not os.path.lexists(tmp_path / "checkpoint.pt")
     assert [path.name for path in tmp_path.glob("*/*")] == ["checkpoint.pt"]
 

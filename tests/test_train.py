@@ -50,7 +50,7 @@ def test_summary_names_the_data_and_its_measurements(finished_run):
     assert summary["codes_used"] <= 32 and summary["perplexity"] <= summary["codes_used"] + 1e-9
 
 
-def test_seconds_are_those_of_the_whole_run(tmp_path, monkeypatch):
+def test_seconds_cover_the_whole_run(tmp_path, monkeypatch):
     """With the last pictures and figures as well; those of training end with the last step."""
     for name in ("save_reconstructions", "save_codebooks"):
         monkeypatch.setattr(script.figures, name, lambda *_: time.sleep(1))
@@ -110,7 +110,7 @@ def test_losses_are_weighed_as_in_the_paper(tmp_path):
     assert float(rows(tmp_path / "0")[0]["recon_loss"]) == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_steps_are_those_of_the_formulas(tmp_path):
+def test_steps_match_the_formulas(tmp_path):
     """Two of them: each optimizer's weights, learning rate and decay, and gradients of one step alone."""
     flags = ["--no-kmeans-start", "--revive-below=0", "--precision=float32", "--beta=0.7", "--flip", "--seed=1"]
     train(tmp_path, "--steps=2", *flags)
@@ -231,7 +231,7 @@ def test_revived_codes_lose_their_momentum(tmp_path, monkeypatch):
     assert calls == ["backward", "reset_revived", "step"] * 3
 
 
-def test_logged_means_are_those_of_the_interval(tmp_path):
+def test_logged_means_cover_one_interval(tmp_path):
     train(tmp_path / "each", "--steps=6", "--log-every=1")
     train(tmp_path / "third", "--steps=6", "--log-every=3")
     for name in ("recon_loss", "codebook_loss", "commitment_loss"):

@@ -66,7 +66,7 @@ def test_prior_leaves_its_files(prior_run):
     assert script.nats(best, rows) == pytest.approx(min(held_out))
 
 
-def test_nats_are_those_of_single_test_images(prior_run):
+def test_nats_match_an_image_at_a_time(prior_run):
     """Encode, look up and sum the logarithms one image at a time."""
     model, prior = load_run(prior_run)
     data = load_dataset("digits", "")
@@ -102,7 +102,7 @@ def test_held_out_images_are_of_all_classes():
     assert len((held_out // 100).unique()) == 10 and torch.equal(script.held_out_split(rows)[1], held_out)
 
 
-def test_logged_means_are_those_of_the_interval(trained_run, tmp_path):
+def test_logged_means_cover_one_interval(trained_run, tmp_path):
     """Those that end at a save, too."""
     pairs = shutil.copytree(trained_run, tmp_path / "pairs")
     train_prior(trained_run, "--steps=4", "--log-every=1", "--precision=float32")
@@ -136,7 +136,7 @@ def test_codes_are_kept_until_checkpoint_changes(generating_run):
 
 
 @pytest.mark.parametrize("content", [b"", b"not a file of torch"])
-def test_damaged_codes_are_made_anew(generating_run, content):
+def test_damaged_codes_are_recomputed(generating_run, content):
     before = torch.load(generating_run / "codes.pt")
     (generating_run / "codes.pt").write_bytes(content)
     train_prior(generating_run, "--steps=1")
@@ -184,7 +184,7 @@ def test_report_that_failed_is_made_later(prior_run, tmp_path, monkeypatch, caps
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
         patch.setattr(script.figures, "save_samples", full_disk)
         train_prior(halves, *flags)
-    assert stopped.value.code == 1 and f"the checkpoint of step {step} is whole" in capsys.readouterr().err
+    assert stopped.value.code == 1 and f"the checkpoint of step {step} is intact" in capsys.readouterr().err
     train_prior(halves, *flags)
     assert_same_prior(whole, halves)
 
@@ -202,7 +202,7 @@ def test_compiled_prior_learns_like_the_eager_one(prior_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_prior_of_two_processes_is_that_of_one(finished_run, tmp_path):
+def test_two_processes_match_one(finished_run, tmp_path):
     for ranks in (1, 2):
         folder = shutil.copytree(finished_run, tmp_path / str(ranks))
         command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--", "train_prior.py"]
@@ -216,7 +216,7 @@ def test_prior_of_two_processes_is_that_of_one(finished_run, tmp_path):
             assert float(a[name] or 0) == pytest.approx(float(b[name] or 0), rel=1e-4)
 
 
-def test_steps_are_those_of_the_formulas(trained_run):
+def test_steps_match_the_formulas(trained_run):
     """Two of them: each optimizer's weights, learning rate and decay, and gradients of one step alone."""
     flags = ["--steps=2", "--dropout=0", "--precision=float32", "--seed=1", "--weight-decay=10"]
     train_prior(trained_run, *flags)
@@ -225,7 +225,7 @@ def test_steps_are_those_of_the_formulas(trained_run):
     torch.manual_seed(1)
     shape = {"codebook_size": 32, "grids": [(7, 7)], "classes": 10}
     prior = build_prior(vars(script.parse_args([*TINY, *flags])), shape, model)
-    prior.start_from_codebooks([model.levels[0].quantizer.codebook.detach()])
+    prior.init_from_codebooks([model.levels[0].quantizer.codebook.detach()])
     matrices = [p for name, p in prior.named_parameters() if name.startswith("blocks") and p.ndim == 2]
     others = [p for name, p in prior.named_parameters() if not (name.startswith("blocks") and p.ndim == 2)]
     muon, adamw = Muon(matrices, torch.float32, weight_decay=10), torch.optim.AdamW(others, weight_decay=10)
@@ -275,7 +275,7 @@ def test_unfinished_prior_of_other_vqvae_makes_way(generating_run, capsys, stop_
     vqvae_script.main(vqvae_script.parse_args(["--resume", str(generating_run), "--steps=31", "--device=cpu"]))
     if way == "--resume":
         capsys.readouterr()
-        assert "cannot go on: its vqvae, vqvae_step changed" in refusal(capsys, script, "--resume", generating_run)
+        assert "cannot be resumed: its vqvae, vqvae_step changed" in refusal(capsys, script, "--resume", generating_run)
         assert load_checkpoint(generating_run, "prior")["progress"]["step"] == 3
     else:
         train_prior(generating_run, "--steps=4")
@@ -345,7 +345,7 @@ def test_single_training_image_is_refused(capsys, tmp_path):
     for name in "ab":
         save(tmp_path / "photos" / f"{name}.png")
     train(tmp_path / "run", f"--dataset={tmp_path / 'photos'}", "--steps=1", "--batch-size=1")
-    assert "needs 2 training images or more" in refusal(capsys, script, "--run", tmp_path / "run", *TINY)
+    assert "needs at least 2 training images" in refusal(capsys, script, "--run", tmp_path / "run", *TINY)
 
 
 def test_prior_of_another_run_makes_way(prior_run, scales_run, tmp_path, capsys):
