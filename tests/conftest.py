@@ -1,3 +1,4 @@
+import asyncio
 import contextlib
 import csv
 import os
@@ -140,6 +141,16 @@ def program(name, *words, **options):
     """Run a script, or a program of tests/programs, in a process of its own."""
     path = ROOT / name if (ROOT / name).exists() else PROGRAMS / name
     return ended([sys.executable, path, *words], **options)
+
+
+def build_page(run):
+    """Return demo.py's page of a run; without a running event loop, gradio makes some and never closes them."""
+    import demo  # here: gradio takes seconds to import
+
+    async def build():
+        return demo.build(demo.load_page(str(run)), str(run))
+
+    return asyncio.run(build())
 
 
 def far_from_zero(prior):

@@ -1,6 +1,5 @@
 """What the page computes, without a browser; then the page itself, in headless Chromium."""
 
-import asyncio
 import base64
 import contextlib
 import copy
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, environment, far_from_zero, started, train
+from conftest import ROOT, build_page, environment, far_from_zero, started, train
 from PIL import Image
 
 import demo
@@ -252,11 +251,7 @@ def test_page_opens_without_prior_and_images(finished_run, tmp_path):
 def app(finished_run):
     """The page of a run without a prior, which nobody serves."""
     pytest.importorskip("gradio", reason="gradio is not installed")
-
-    async def build():  # in a running event loop, without which gradio makes some and never closes them
-        return demo.build(demo.load_page(str(finished_run)), str(finished_run))
-
-    return asyncio.run(build())
+    return build_page(finished_run)
 
 
 @pytest.mark.filterwarnings("ignore")  # of gradio's own

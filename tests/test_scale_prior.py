@@ -10,7 +10,7 @@ import export
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, ended, far_from_zero, refusal, same_state, save, some_codes, train, train_prior
+from conftest import TINY, build_page, ended, far_from_zero, refusal, same_state, save, some_codes, train, train_prior
 from PIL import Image
 
 import demo
@@ -249,6 +249,6 @@ def test_page_completes_whole_scales(run):
 @pytest.mark.filterwarnings("ignore")  # of gradio's own
 def test_page_has_a_slider_of_scales(run):
     pytest.importorskip("gradio", reason="gradio is not installed")
-    app = demo.build(demo.load_page(str(run)), str(run))
+    app = build_page(run)
     [slider] = [part["props"] for part in app.get_config_file()["components"] if part["props"].get("label") == "Scales"]
     assert (slider["minimum"], slider["maximum"], slider["value"], slider["visible"]) == (1, 4, 4, True)
