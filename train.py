@@ -105,8 +105,8 @@ def main(args: argparse.Namespace):
 
             # Update. DistributedDataParallel averages gradients over ranks; weight each by its share of the batch.
             groups = muon.param_groups + optimizer.param_groups
-            for group, highest in zip(groups, (args.lr, args.lr, args.codebook_lr)):
-                group["lr"] = highest * run.schedule(step)
+            for group, peak in zip(groups, (args.lr, args.lr, args.codebook_lr)):
+                group["lr"] = peak * run.schedule(step)
             model.zero_grad()
             (loss * run.share(x) * run.world_size).backward()
             for level in model.levels:  # old momentum would drag revived codes away
@@ -145,9 +145,8 @@ def report(run: Run, model: VQVAE, means: Means, data: Dataset, test_images: Ten
     saving, title = run.saves_at(run.step), f"{data.name}, step {run.step:,}"
     row = {"recon_loss": values["recon_loss"].item()}
     for name in model.level_names:
-        row |= {
-            loss: values[loss].item() for loss in (level_key("codebook_loss", name), level_key("commitment_loss", name))
-        }
+        for loss in ("codebook_loss", "commitment_loss"):
+            row[level_key(loss, name)] = values[level_key(loss, name)].item()
         row |= usage(values[level_key("counts", name)], name)
     row["test_mse"] = evaluate(model, test_images)[0]["test_mse"] if saving else None
     run.log(row | {"dataset": run.args.dataset})

@@ -101,8 +101,8 @@ def main(args: argparse.Namespace):
             loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
             # Update. DistributedDataParallel averages gradients over ranks; weight each by its share of the batch.
-            for group, highest in zip(muon.param_groups + adamw.param_groups, (args.lr, args.embedding_lr)):
-                group["lr"] = highest * run.schedule(step)
+            for group, peak in zip(muon.param_groups + adamw.param_groups, (args.lr, args.embedding_lr)):
+                group["lr"] = peak * run.schedule(step)
             prior.zero_grad()
             (loss * run.share(batch) * run.world_size).backward()
             torch.nn.utils.clip_grad_norm_(prior.parameters(), 1.0)
