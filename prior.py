@@ -74,7 +74,7 @@ class Prior(nn.Module):
         self.codebook_size, self.grids, self.classes = codebook_size, [tuple(grid) for grid in grids], classes
         self.sizes = [height * width for height, width in grids]  # codes of each level
         self.length = sum(self.sizes)
-        self.steps = [1] * self.length  # how many codes are drawn at once
+        self.step_sizes = [1] * self.length  # how many codes are drawn at once
         self.register_buffer("mask", None, persistent=False)  # (T, T), True: may attend; None: causal
         self.label = nn.Embedding(classes + 1, width)
         self.code = nn.Embedding(len(grids) * codebook_size, width)  # K for each level
@@ -102,14 +102,11 @@ class Prior(nn.Module):
             projection = torch.randn(codes.shape[1], head.in_features, device=codes.device) / codes.shape[1] ** 0.5
             projection *= 0.05 / codes.square().mean().sqrt().clamp(min=1e-6)
             head.weight.copy_(codes @ projection)
-            if isinstance(self.code, nn.Embedding):
-                self.code.weight[level * self.codebook_size :][: self.codebook_size] = head.weight
-            else:  # embeds sums of codes; the projection of the finest scale overwrites the others
-                self.code.weight.copy_(projection.T)
+            self._init_inputs(level, projection, head.weight)
 
     def forward(self, codes: Tensor, labels: Tensor) -> Tensor:
         """Return the logits (B, T, K) of codes (B, T), each from the label and the codes drawn before it."""
-        x = self._inputs(codes[:, : -self.steps[-1]], labels) + self._position_embeddings()
+        x = self._inputs(codes[:, : -self.step_sizes[-1]], labels) + self._position_embeddings()
         for block in self.blocks:
             x = block(x, mask=self.mask)
         parts = self.norm(x).split(self.sizes, 1)
@@ -138,12 +135,15 @@ class Prior(nn.Module):
 
     def whole_steps(self, count: int) -> int:
         """Return `count` codes rounded down to whole steps: single codes, or whole scales."""
-        return max(end for end in itertools.accumulate(self.steps, initial=0) if end <= count)
+        return max(end for end in itertools.accumulate(self.step_sizes, initial=0) if end <= count)
 
     def _inputs(self, codes, labels, at=0):  # embed the positions from `at` on whose preceding codes are given
         first = max(0, at - 1)
         x = self.code(codes[:, first:] + self.codebook_size * self.level_at[first : codes.shape[1]])
         return x if at else torch.cat([self.label(labels)[:, None], x], 1)
+
+    def _init_inputs(self, level, projection, embeddings):  # (D, width), (K, width)
+        self.code.weight[level * self.codebook_size :][: self.codebook_size] = embeddings
 
     def _position_embeddings(self):  # (T, width)
         return self.level(self.level_at) + self.position.weight
@@ -162,7 +162,7 @@ class ScalePrior(Prior):
 
     def __init__(self, quantizer: nn.Module, **options):
         super().__init__(**options)
-        self.contexts, self.steps = quantizer.contexts, self.sizes
+        self.contexts, self.step_sizes = quantizer.contexts, self.sizes
         self.mask = self.level_at[:, None] >= self.level_at
         self.code = nn.Linear(quantizer.code_dim, self.label.embedding_dim)  # embeds a sum of codes, not an index
 
@@ -171,6 +171,9 @@ class ScalePrior(Prior):
         maps = [part.unflatten(1, grid) for part, grid in zip(codes.split(self.sizes[:drawn], 1), self.grids)]
         sums = torch.cat([context.flatten(2) for context in self.contexts(maps, len(codes))], 2)  # (B, D, t + n)
         return self.code(sums.movedim(1, -1)[:, at:]) + self.label(labels)[:, None]
+
+    def _init_inputs(self, level, projection, embeddings):  # of sums of codes; the finest scale overwrites the others
+        self.code.weight.copy_(projection.T)
 
 
 @torch.inference_mode()
@@ -204,7 +207,7 @@ def generate(
     asked = torch.cat([labels, torch.full_like(labels, prior.classes)]) if guided else labels
     caches, codes = prior.caches(len(asked)), labels.new_empty(batch, 0)
     given = codes if given is None else given
-    for size in prior.steps:
+    for size in prior.step_sizes:
         logits = prior.step(codes.repeat(len(asked) // max(batch, 1), 1), asked, caches).float()
         if guided:
             with_class, without = logits.split(batch)

@@ -143,7 +143,7 @@ def draw(folder, *flags):
 
 def test_scales_give_a_next_scale_prior(run):
     model, prior = load_run(run)
-    assert isinstance(prior, ScalePrior) and prior.steps == [1, 4, 16, 49]
+    assert isinstance(prior, ScalePrior) and prior.step_sizes == [1, 4, 16, 49]
     images = sample(model, prior, num=12, classes=[3, 7], seed=1)
     assert images.shape == (12, 1, 28, 28)
     assert torch.equal(images, sample(model, prior, num=12, classes=[3, 7], seed=1))
