@@ -59,7 +59,8 @@ def main(args: argparse.Namespace):
     with user_errors():
         run = Run(args, CHECKPOINT)
         data = load_training_data(args, run.checkpoint)
-        image_shape = tuple(data.train_images.shape[1:])  # (C, H, W)
+        identity = data.identity()
+        image_shape = identity["image_shape"]  # (C, H, W)
         if args.downsample is None:
             args.downsample = 4 if args.levels > 1 or max(image_shape) <= 64 else 8
         if args.lr is None:  # Muon's updates all have the same size, so more steps need smaller ones
@@ -68,7 +69,7 @@ def main(args: argparse.Namespace):
             args.codebook_lr = 0.04 if args.levels == 1 else 0.01
         check_memory(lambda: build_model(vars(args), image_shape), run.device)
         test_images = first_images(data.test_images, CURVE_IMAGES)
-        run.begin(len(data.train_images), f"images of {data.name}", **data.identity())
+        run.begin(len(data.train_images), f"images of {data.name}", **identity)
         if run.rank == 0:
             data.write_listing(run.folder)
 

@@ -157,14 +157,15 @@ def load_codes(run: Run, model: VQVAE, vqvae: dict) -> dict:
         grids: (h, w) of each level or scale; class_names: empty without labels; dataset: its name.
         key: the checkpoint's digest.
     """
-    path = run.folder / CODES
-    if run.rank == 0 and kept_codes(path, vqvae, model) is None:
+    path, codes = run.folder / CODES, None
+    if run.rank == 0 and (codes := kept_codes(path, vqvae, model)) is None:
         # With --resume, data_dir comes from a file: do not download to it.
         download = run.args.data_dir is not None and run.args.resume is None
         data = dataset_of(vqvae, run.folder, run.args.data_dir, download)
-        write_state(path, encode_dataset(data, model, vqvae))
+        codes = encode_dataset(data, model, vqvae)
+        write_state(path, codes)
     from_rank_0()  # the others wait for it
-    if (codes := kept_codes(path, vqvae, model)) is None:
+    if run.rank > 0 and (codes := kept_codes(path, vqvae, model)) is None:
         raise ValueError(f"{path} does not hold the codes that rank 0 wrote; all processes must share one folder")
     return codes
 
