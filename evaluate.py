@@ -135,10 +135,10 @@ def main(args: argparse.Namespace):
             data = dataset_of(checkpoint, folder, args.data_dir)
             through_files = evaluate_jpeg(model, data.test_images) if args.jpeg else {}
             measured = evaluate(model, data.test_images)[0] | through_files
-            if out:
-                write_reconstructions(out, model, data.test_images, checkpoint)
             text = json.dumps({"dataset": data.name, "step": checkpoint["progress"]["step"], **measured}, indent=2)
             write_whole(folder / "evaluation.json", text + "\n")
+            if out:
+                write_reconstructions(out, model, data.test_images, checkpoint)
     say(*text.split("\n"))
 
 

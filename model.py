@@ -262,12 +262,12 @@ def load_model(checkpoint: dict, device: torch.device | str = "cpu") -> VQVAE:
     """
     args, shape, weights = checkpoint["args"], checkpoint["identity"]["image_shape"], checkpoint["model"]
     try:
-        if args["blocks"] > len(weights):
-            raise ValueError("more blocks than weights")
+        if max(args["blocks"], args["levels"]) > len(weights):
+            raise ValueError("more blocks or levels than weights")
         with torch.device("meta"):  # a file may claim any sizes: compare shapes before allocating memory
             build_model(args, shape).load_state_dict(weights, assign=True)
-        model = build_model(args, shape)
-        model.load_state_dict(weights)
     except Exception as error:  # a mismatch can raise almost any exception
         raise ValueError(f"{checkpoint.get('path')} holds no VQ-VAE of this version of the project") from error
+    model = build_model(args, shape)
+    model.load_state_dict(weights)
     return model.to(device, memory_format=torch.channels_last).eval()

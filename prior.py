@@ -256,10 +256,10 @@ def load_prior(checkpoint: dict, model: nn.Module) -> Prior:
             raise ValueError("more blocks than weights")
         with torch.device("meta"):  # a file may claim any sizes: compare shapes before allocating memory
             build_prior(args, shape, model).load_state_dict(weights, assign=True)
-        prior = build_prior(args, shape, model)
-        prior.load_state_dict(weights)
     except Exception as error:  # a mismatch can raise almost any exception
         raise ValueError(f"{checkpoint.get('path')} holds no prior of this version of the project") from error
+    prior = build_prior(args, shape, model)
+    prior.load_state_dict(weights)
     return prior.to(model.mean.device).eval()
 
 

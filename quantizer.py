@@ -106,6 +106,7 @@ class VectorQuantizer(nn.Module):
         indices = nearest_code(z.detach(), self.codebook.detach())
 
         codes = F.embedding(indices, self.codebook)
+        # Means over all elements, or 0 for an empty batch
         codebook_loss = F.mse_loss(codes, z.detach(), reduction="sum") / max(z.numel(), 1)
         commitment_loss = F.mse_loss(z, codes.detach(), reduction="sum") / max(z.numel(), 1)
         z_q = self._unflatten(codes.detach(), z_e).to(z_e.dtype)
@@ -187,7 +188,7 @@ class VectorQuantizer(nn.Module):
         chosen = torch.randperm(len(distinct), device=z.device)[: self.codebook_size - first]
         last = first + len(chosen)
         self.codebook[first:last] = distinct[chosen]
-        self.codebook[last:] = self.codebook[0]  # not chosen until initialised, since ties go to the lowest code
+        self.codebook[last:] = self.codebook[0]  # not chosen in this step: ties go to the lowest code
         self.started.fill_(last)
         self.all_initialised = last == self.codebook_size
         if self.all_initialised:
@@ -208,7 +209,8 @@ class VectorQuantizer(nn.Module):
             sums = self._sums(z, indices)
             if world_size() > 1:
                 dist.all_reduce(sums)
-            rate = (1 - self.decay) / self.ema_counts.clamp(min=1e-30)  # e + (1 - decay) / N (sum z_e - n e) = m / N
+            # With m = decay N_old e + (1 - decay) sum z_e, m / N is e + (1 - decay) / N (sum z_e - n e)
+            rate = (1 - self.decay) / self.ema_counts.clamp(min=1e-30)
             self.codebook += rate[:, None] * (sums - counts[:, None] * self.codebook)
         if self.revive_below:
             self._revive(z, counts)

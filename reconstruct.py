@@ -64,11 +64,12 @@ def main(args: argparse.Namespace):
                     made = render(model, [level[chunk] for level in levels], size)
                     write_images(out / "reconstructions", [names[i] for i in chunk], made)
         else:
-            with lock_folder(writable_folder(args.run)), new_folder(args.out) as out:
-                names, images = load_images(args, checkpoint, model)
-                indices, recon = reconstruct(model, images[:SHOWN], args.refine)
-                if out:
-                    write_reconstructions(out, model, torch.stack(images), checkpoint, names, args.refine)
+            with lock_folder(writable_folder(args.run)):
+                with new_folder(args.out) as out:
+                    names, images = load_images(args, checkpoint, model)
+                    indices, recon = reconstruct(model, images[:SHOWN], args.refine)
+                    if out:
+                        write_reconstructions(out, model, torch.stack(images), checkpoint, names, args.refine)
                 path = free_name(Path(args.run, "reconstructed.png"))
                 title = f"{printable(checkpoint['args']['dataset'])}, step {checkpoint['progress']['step']:,}"
                 drawn = figures.save_codes(path, model, names[:SHOWN], images[:SHOWN], indices, recon, title)
@@ -92,6 +93,8 @@ def load_images(args: argparse.Namespace, checkpoint: dict, model: VQVAE) -> tup
     for file in map(Path, args.files):
         paths += walk(file) if file.is_dir() else [file]
     size, read = None if args.full_size else model.image_size, paths if args.out else paths[:SHOWN]
+    if size:
+        check_room(len(read) * model.channels * math.prod(size), f"{len(read):,} images", "name fewer at a time")
     images, resized = read_images(read, model.channels, size, checkpoint["args"]["background"])
     if args.full_size:
         maps = 3 * model.levels[-1].encoder[1].out_channels  # float32, at half the image's size: where most memory goes

@@ -37,19 +37,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--blocks", type=number(int, 1, 1000), default=2, help="residual blocks in encoder and decoder")
     group.add_argument("--levels", type=int, choices=(1, 2), default=1, help="levels of codes; 2: VQ-VAE-2")
     group.add_argument("--scales", help="maps of codes from coarse to fine, such as 1,2,4,7; auto: powers of two")
-    help = "pixels per code in each direction; default: 4 for images up to 64 pixels or with 2 levels, else 8"
-    group.add_argument("--downsample", type=int, choices=(2, 4, 8, 16, 32), help=help)
+    per_code = "pixels per code in each direction; default: 4 for images up to 64 pixels or with 2 levels, else 8"
+    group.add_argument("--downsample", type=int, choices=(2, 4, 8, 16, 32), help=per_code)
 
     group = parser.add_argument_group("codebook")
     group.add_argument("--beta", type=rate, default=1.0, help="weight of the commitment loss")
     group.add_argument("--ema", action=switch, default=False, help="update the codes by EMA, not by a loss")
-    group.add_argument("--decay", type=share, default=0.99, help="EMA decay")
+    group.add_argument("--decay", type=share, default=0.99, help="EMA decay, of code counts and with --ema of codes")
     group.add_argument("--kmeans-start", action=switch, default=True, help="initialise the codes by k-means")
     group.add_argument("--revive-below", type=share, default=0.03, help="revive codes used less, as share of the mean")
 
     group = parser.add_argument_group("optimization")
-    group.add_argument("--lr", type=rate, help="peak rate of encoder and decoder; default: 0.3 / sqrt(steps)")
-    group.add_argument("--codebook-lr", type=rate, help="peak rate of the codes; default: 0.04, 0.01 with two levels")
+    group.add_argument("--lr", type=rate, help="peak learning rate of encoder and decoder; default: 0.3 / sqrt(steps)")
+    group.add_argument(
+        "--codebook-lr", type=rate, help="peak learning rate of the codes; default: 0.04, 0.01 with 2 levels"
+    )
     add_run_flags(parser, steps=7500, batch_size=48)
     return parse_run_args(parser, argv, CHECKPOINT)
 
@@ -73,16 +75,17 @@ def main(args: argparse.Namespace):
         if run.rank == 0:
             data.write_listing(run.folder)
 
-    # Model and optimizers: Muon for the convolutions, Adam for biases and codes; codes have their own learning rate
-    torch.manual_seed(args.seed)
-    model = build_model(vars(args), image_shape, mean=data.mean, std=data.std)
-    model.to(run.device, memory_format=torch.channels_last).train()
-    kernels, codebooks, biases = ([p for p in model.parameters() if p.ndim == n] for n in (4, 2, 1))
-    muon = Muon(kernels, torch.float32, weight_decay=0.0)
-    optimizer = torch.optim.Adam([{"params": biases}, {"params": codebooks}], betas=(0.9, 0.99), fused=True)
-    means = Means()  # of the logged values, since the last logged row
-    run.keep(model=model, muon=muon, optimizer=optimizer, means=means)  # saved and restored under these names
-    forward = run.parallel(model)
+        # Model and optimizers: Muon for the convolutions, Adam for biases and codes; codes have their own learning rate
+        torch.manual_seed(args.seed)
+        model = build_model(vars(args), image_shape, mean=data.mean, std=data.std)
+        model.to(run.device, memory_format=torch.channels_last)
+        kernels, codebooks, biases = ([p for p in model.parameters() if p.ndim == n] for n in (4, 2, 1))
+        muon = Muon([{"params": kernels, "peak_lr": args.lr}], torch.float32, weight_decay=0.0)
+        groups = [{"params": biases, "peak_lr": args.lr}, {"params": codebooks, "peak_lr": args.codebook_lr}]
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
+        means = Means()  # of the logged values, since the last logged row
+        run.keep(model=model, muon=muon, optimizer=optimizer, means=means)  # saved and restored under these names
+        forward = run.parallel(model)
 
     with run:
         if run.unreported:  # the process was killed between a checkpoint and its report
@@ -102,9 +105,8 @@ def main(args: argparse.Namespace):
             loss = recon_loss + codebook_loss + args.beta * commitment_loss
 
             # Update. DistributedDataParallel averages gradients over ranks; weight each by its share of the batch.
-            groups = muon.param_groups + optimizer.param_groups
-            for group, peak in zip(groups, (args.lr, args.lr, args.codebook_lr)):
-                group["lr"] = peak * run.schedule(step)
+            for group in muon.param_groups + optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * run.schedule(step)
             model.zero_grad()
             (loss * run.share(x) * run.world_size).backward()
             for level in model.levels:  # old momentum would drag revived codes away
@@ -113,23 +115,21 @@ def main(args: argparse.Namespace):
             optimizer.step()
 
             # Log and save. The checkpoint comes first, so that a failed measurement or picture loses no step.
-            means.add(run.share(x), recon_loss=recon_loss, **named_values(model, quantized, run.share(x)))
+            means.add(run.share(x), recon_loss=recon_loss, **named_values(model, quantized))
             if run.saves_at(step):
                 run.save()
             if run.logs_at(step):
                 report(run, model, means, data, test_images)
 
 
-def named_values(model: VQVAE, quantized: list[Quantized], share: float) -> dict[str, Tensor]:
-    """Return the values to log for each level: its losses, and how often each code was used (K,).
-
-    Means weight the ranks by their shares of the batch. Counts must add up instead, so divide them by the share.
-    """
+def named_values(model: VQVAE, quantized: list[Quantized]) -> dict[str, Tensor]:
+    """Return the values to log for each level: its losses, and the share of its positions that each code has (K,)."""
     values = {}
-    for name, level, of_level in zip(model.level_names, model.levels, quantized):
-        values[level_key("codebook_loss", name)] = of_level.codebook_loss
-        values[level_key("commitment_loss", name)] = of_level.commitment_loss
-        values[level_key("counts", name)] = level.quantizer.count(of_level.indices).float() / max(share, 1e-30)
+    for name, level, codes in zip(model.level_names, model.levels, quantized):
+        values[level_key("codebook_loss", name)] = codes.codebook_loss
+        values[level_key("commitment_loss", name)] = codes.commitment_loss
+        counts = level.quantizer.count(codes.indices)
+        values[level_key("usage", name)] = counts / counts.sum()
     return values
 
 
@@ -141,11 +141,9 @@ def report(run: Run, model: VQVAE, means: Means, data: Dataset, test_images: Ten
         return
 
     saving, title = run.saves_at(run.step), f"{data.name}, step {run.step:,}"
-    row = {"recon_loss": values["recon_loss"].item()}
+    row = {name: value.item() for name, value in values.items() if value.ndim == 0}
     for name in model.level_names:
-        for loss in ("codebook_loss", "commitment_loss"):
-            row[level_key(loss, name)] = values[level_key(loss, name)].item()
-        row |= usage(values[level_key("counts", name)], name)
+        row |= usage(values[level_key("usage", name)], name)
     row["test_mse"] = evaluate(model, test_images)[0]["test_mse"] if saving else None
     run.log(row | {"dataset": run.args.dataset})
 

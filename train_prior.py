@@ -58,8 +58,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace):
     # Set-up. A user's mistake ends here: one line, exit code 2, nothing lost.
     with user_errors():
-        vqvae = load_checkpoint(args.run)
+        load_checkpoint(args.run)  # if it names no run, make no folder
         run = Run(args, PRIOR)
+        vqvae = load_checkpoint(args.run)  # again, now that the folder is locked
         model = load_model(vqvae, run.device)
         codes = load_codes(run, model, vqvae)
         train, codes["held_out"] = held_out_split(codes["train"])
@@ -75,18 +76,20 @@ def main(args: argparse.Namespace):
         if run.checkpoint:
             load_prior(run.checkpoint, model)  # raises if its best weights do not fit, which `keep` would not notice
 
-    # Model and optimizers: with Muon, the blocks' matrices learn in a third of the steps that AdamW needs
-    torch.manual_seed(args.seed)
-    prior = build_prior(vars(args), shape, model).to(run.device).train()
-    prior.init_from_codebooks(model.codebooks())
-    matrices = [p for p in prior.blocks.parameters() if p.ndim == 2]
-    others = [p for p in prior.parameters() if not any(p is matrix for matrix in matrices)]
-    muon = Muon(matrices, getattr(torch, args.precision), weight_decay=args.weight_decay)
-    adamw = torch.optim.AdamW(others, weight_decay=args.weight_decay, betas=(0.9, 0.95), fused=True)
-    best = {"held_out_nats": math.inf, "step": 0, "model": prior.state_dict()}  # the weights that `sample.py` loads
-    means = Means()  # of the logged values, since the last logged row
-    run.keep(model=prior, muon=muon, adamw=adamw, best=best, means=means)  # saved and restored under these names
-    forward = run.parallel(prior)
+        # Model and optimizers: with Muon, the blocks' matrices learn in a third of the steps that AdamW needs
+        torch.manual_seed(args.seed)
+        prior = build_prior(vars(args), shape, model).to(run.device).train()
+        prior.init_from_codebooks(model.codebooks())
+        matrices = {name: p for name, p in prior.named_parameters() if name.startswith("blocks") and p.ndim == 2}
+        others = [p for name, p in prior.named_parameters() if name not in matrices]
+        group_of_matrices = {"params": matrices.values(), "peak_lr": args.lr}
+        group_of_others = {"params": others, "peak_lr": args.embedding_lr}
+        muon = Muon([group_of_matrices], getattr(torch, args.precision), weight_decay=args.weight_decay)
+        adamw = torch.optim.AdamW([group_of_others], weight_decay=args.weight_decay, betas=(0.9, 0.95), fused=True)
+        best = {"held_out_nats": math.inf, "step": 0, "model": prior.state_dict()}  # the weights that `sample.py` loads
+        means = Means()  # of the logged values, since the last logged row
+        run.keep(model=prior, muon=muon, adamw=adamw, best=best, means=means)  # saved and restored under these names
+        forward = run.parallel(prior)
 
     with run:
         if run.unreported:  # the process died between a checkpoint and its report
@@ -101,8 +104,8 @@ def main(args: argparse.Namespace):
             loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
             # Update. DistributedDataParallel averages gradients over ranks; weight each by its share of the batch.
-            for group, peak in zip(muon.param_groups + adamw.param_groups, (args.lr, args.embedding_lr)):
-                group["lr"] = peak * run.schedule(step)
+            for group in muon.param_groups + adamw.param_groups:
+                group["lr"] = group["peak_lr"] * run.schedule(step)
             prior.zero_grad()
             (loss * run.share(batch) * run.world_size).backward()
             torch.nn.utils.clip_grad_norm_(prior.parameters(), 1.0)

@@ -119,7 +119,7 @@ def command(script: str, *words: str | Path, start: str = "") -> str:
     """Return the command that runs a script of the project from here, by default with this Python."""
     words = [f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word) for word in words]
     path = Path(__file__).parents[1] / script
-    with contextlib.suppress(ValueError):  # Windows: on another drive than the working directory
+    with contextlib.suppress(ValueError, OSError):  # Windows: on another drive; or the working directory is gone
         path = os.path.relpath(path)
     return f"{start or shlex.quote(sys.executable)} {shlex.join([str(path), *words])}"
 

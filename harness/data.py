@@ -22,6 +22,7 @@ from harness.folder import ImageFiles, Images, count_pixels, load_folder, resize
 from harness.machine import check_room, cpu_count, from_rank_0, world_size
 from harness.storage import IMAGE_CACHE, read_text, write_whole
 
+import filelock
 import numpy as np
 import torch
 from PIL import ImageColor
@@ -83,7 +84,9 @@ def add_data_flags(parser: argparse.ArgumentParser):
     )
     group.add_argument("--data-dir", default="data", help="folder of the data sets; missing ones are downloaded to it")
     group.add_argument(
-        "--image-size", type=number(int, 1, 2**31), help="scale the short side to this many pixels, and crop the centre"
+        "--image-size",
+        type=number(int, 1, 2**13 + 1),
+        help="scale the short side to so many pixels; crop the centre",
     )
     group.add_argument(
         "--background", type=color, default="white", help="colour behind transparent images, by name or as #rrggbb"
@@ -136,7 +139,8 @@ def load_training_data(args: argparse.Namespace, checkpoint: dict | None = None)
         data = load_dataset(name, args.data_dir, *options, download=download)
     except Unavailable as error:
         if args.dataset != "auto":
-            raise ValueError(f"{error}; copy its files into {args.data_dir}, or name another --dataset") from error
+            other = "name their folder with --data-dir" if args.resume else "name another --dataset"
+            raise ValueError(f"{error}; copy its files into {args.data_dir}, or {other}") from error
         say(
             "",
             f"*** WARNING: {error}.",
@@ -249,9 +253,16 @@ def check_same(data: Dataset, checkpoint: dict, folder: str | Path):
 def torchvision_splits(name: str, data_dir: str | Path, download: bool) -> tuple:
     """Return the images and labels for training, those for testing, and the names of the classes."""
     source = datasets.CIFAR10 if name == "cifar10" else IDX[name]
-    check_files(source, data_dir)
-    with network_timeout(30):
+    with contextlib.ExitStack() as stack:
+        stack.callback(socket.setdefaulttimeout, socket.getdefaulttimeout())
+        socket.setdefaulttimeout(30)
         try:
+            files = known_files(source, Path(data_dir))
+            if download and not all(path.is_file() and intact(path) for path, _, intact in files):
+                say(f"preparing {name} in {data_dir}", error=True)
+                Path(data_dir).mkdir(parents=True, exist_ok=True)
+                stack.enter_context(filelock.FileLock(Path(data_dir, ".lock")))  # another process may be downloading
+            check_files(source, data_dir)
             loaded = [source(data_dir, download=download), source(data_dir, train=False)]
         except Exception as error:  # no network, or damaged files without a known checksum
             check_files(source, data_dir, archives=True)
@@ -275,16 +286,6 @@ def torchvision_splits(name: str, data_dir: str | Path, download: bool) -> tuple
 def damaged(name: str, source: type, data_dir: str | Path, reason: str) -> ValueError:
     folder = Path(data_dir, getattr(source, "base_folder", source.__name__))
     return ValueError(f"{name} in {data_dir} is damaged ({reason}); delete {folder}, and run again to download it")
-
-
-@contextlib.contextmanager
-def network_timeout(seconds: float):
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
 
 
 def check_files(source: type, data_dir: str | Path, archives: bool = False):

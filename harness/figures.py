@@ -9,19 +9,23 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.cli import say
+from harness.cli import fail, say
 from harness.data import chunks, to_pixels
 from harness.storage import Damaged, read_metrics, whole_file
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
 from torchvision.utils import make_grid
+
+try:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
+except (ValueError, OSError) as error:  # MPLBACKEND names none, or no folder is writable
+    fail(f"matplotlib cannot be imported: {error}", code=2)
 
 WIDTH = 1000  # approximate size of a picture of images, in dots
 ROWS = 8  # of originals and reconstructions
@@ -194,7 +198,7 @@ def save_curves(path: Path, metrics: Path, title: str):
 
 def plot_columns(ax: Axes, rows: list[dict], kind: str, **style):
     """Plot every column whose name starts with `kind`, at the steps at which it has a value."""
-    for name in (name for name in rows[0] if name.startswith(kind)):
+    for name in (name for name in (rows or [{}])[0] if name.startswith(kind)):
         points = [(row["step"], row[name]) for row in rows if row[name] is not None]
         ax.plot(*zip(*points), **{"label": name.replace("_", " "), **style})
 

@@ -6,6 +6,7 @@ Shapes: N images, C channels
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import logging
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from harness.cli import abbreviate, printable, say
-from harness.machine import free_memory
+from harness.machine import free_memory, out_of_memory
 from harness.storage import is_ours, is_run_file, is_run_folder, move_aside, read_state, write_state
 
 import numpy as np
@@ -40,6 +41,7 @@ ENDINGS += (".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
 FORMATS = ("PNG", "JPEG", "JPEG2000", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM")
 Image.init()
 FORMATS += ("AVIF",) if "AVIF" in Image.OPEN else ()  # from Pillow 11.3 on
+TEMPORARY_FAULTS = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of the machine: no image is to blame
 GREY_MODES = ("1", "L", "LA", "La", "F", "I", "I;16", "I;16B", "I;16L")
 
 
@@ -186,6 +188,7 @@ def walk(root: Path) -> list[Path]:
             if others := [path for path in paths if not is_run_file(path)]:
                 found = f"{len(others)} images that it did not write, such as {printable(min(others).name)}"
                 raise ValueError(f"{printable(parent)} is the folder of a run, but holds {found}; move them")
+            say(f"left out {printable(parent)}, the folder of a run", error=True)
             folders.clear()
             continue
         images += paths
@@ -307,6 +310,8 @@ def try_each(function: Callable, paths: list[Path], what: str) -> Iterator:
         try:
             return function(path)
         except Exception as error:  # damaged files surface as almost any exception
+            if out_of_memory(error) or getattr(error, "errno", None) in TEMPORARY_FAULTS:
+                raise
             return reason_of(error)
 
     with ThreadPoolExecutor() as pool, tqdm(total=len(paths), desc=what, unit=" images", disable=None) as bar:
@@ -461,6 +466,8 @@ def read_images(
             except FileNotFoundError:
                 raise ValueError(f"{printable(path)} does not exist") from None
             except Exception as error:  # damaged files surface as almost any exception
+                if out_of_memory(error):
+                    raise
                 raise ValueError(f"{printable(path)} cannot be decoded ({reason_of(error)})") from error
             images.append(image)
     return images, resized

@@ -21,7 +21,7 @@ from torch import nn
 CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # bytes
 # What torch says in plain RuntimeErrors, when a rank has died and when the memory is used up
 LOST_RANK = re.compile("gloo|nccl|peer|connection|socket", re.IGNORECASE)
-NO_MEMORY = re.compile("can't allocate memory|out of memory|not enough memory", re.IGNORECASE)
+NO_MEMORY = re.compile("can('t|not) allocate memory|out of memory|not enough memory|ALLOC_FAILED", re.IGNORECASE)
 PATIENCE = datetime.timedelta(hours=2)  # of ranks: rank 0 may have a million images to decode or to measure
 
 
@@ -43,6 +43,10 @@ def pick_device(device: str = "auto", precision: str = "auto", compile: bool = F
         if index >= torch.cuda.device_count():
             raise ValueError(f"process {index} of this machine has no GPU of its own; start fewer, or use --device cpu")
         torch.cuda.set_device(index)
+        try:
+            torch.ones(1, device=device).sum().item()
+        except RuntimeError as error:  # too old for this torch, or full
+            raise ValueError(f"the GPU cannot be used ({str(error).splitlines()[0]}); give --device cpu") from error
         fast_bfloat16 = torch.cuda.get_device_capability() >= (8, 0)
     elif device == "cpu":  # a CPU that emulates bfloat16 is slower in it than in float32
         capabilities = torch.cpu.get_capabilities()
@@ -104,7 +108,7 @@ def cpu_count() -> int:
 
 def world_size() -> int:
     """Return how many processes train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def join_ranks(device: torch.device) -> tuple[int, str]:
@@ -118,8 +122,11 @@ def join_ranks(device: torch.device) -> tuple[int, str]:
         return 0, ""
     store, rank, ranks = next(dist.rendezvous("env://"))
     job = job_name(store, rank)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store = fresh_store(store, rank, ranks)
+    store.set(f"backend/{rank}", backend)
+    if any(store.get(f"backend/{other}").decode() != backend for other in range(ranks)):  # waits for each
+        raise ValueError("some processes have a GPU and others have none; give all --device cpu")
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=PATIENCE)
     atexit.register(leave_ranks)
     return rank, job

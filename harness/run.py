@@ -20,7 +20,6 @@ from harness.cli import check_values, command, fail, number, printable, say, use
 from harness.data import NAMES, batch_indices, batches
 from harness.folder import Images
 from harness.machine import (
-    PATIENCE,
     check_equal_on_ranks,
     from_rank_0,
     join_ranks,
@@ -39,23 +38,11 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 FOLDER_OPTION = {storage.CHECKPOINT: "out_dir", storage.PRIOR: "run"}  # which flag names the folder
-METRICS = {storage.CHECKPOINT: "metrics.csv", storage.PRIOR: "prior_metrics.csv"}
-TENSORBOARD = {storage.CHECKPOINT: "tensorboard", storage.PRIOR: "prior_tensorboard"}
-SUMMARY = {storage.CHECKPOINT: "summary.json", storage.PRIOR: "prior_summary.json"}
+PREFIX = {storage.CHECKPOINT: "", storage.PRIOR: "prior_"}  # of the names of metrics, summary and TensorBoard's folder
 FILES = {storage.CHECKPOINT: storage.RUN_FILES, storage.PRIOR: storage.PRIOR_FILES}
 LEARNING_RATES = ("lr", "codebook_lr", "embedding_lr")
-RESUME_MAY_CHANGE = {
-    "steps",
-    "save_every",
-    "log_every",
-    "data_dir",
-    "device",
-    "precision",
-    "memory_limit",
-    "compile",
-    "tensorboard",
-}
-RESUME_MAY_CHANGE |= {"resume", "fresh", *LEARNING_RATES}
+RESUME_MAY_CHANGE = {"steps", "save_every", "log_every", "data_dir", "device", "precision", "memory_limit"}
+RESUME_MAY_CHANGE |= {"compile", "tensorboard", "resume", "fresh", *LEARNING_RATES}
 FIRST_LINE = 5  # seconds of training before the first line, which estimates the time left
 
 
@@ -94,11 +81,9 @@ def parse_run_args(parser: argparse.ArgumentParser, argv: list[str] | None, name
         return args
     if args.fresh:
         parser.error("--fresh starts over and --resume continues; leave out one of them")
-    try:
+    with user_errors():
         checkpoint = storage.load_checkpoint(args.resume, name)
         check_values(parser, vars(args) | checkpoint["args"], checkpoint["path"])
-    except ValueError as error:
-        parser.error(str(error))
     saved = checkpoint["args"] | {FOLDER_OPTION[name]: args.resume, "resume": args.resume}
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
@@ -124,8 +109,9 @@ def is_finished(folder: str | Path, name: str, progress: dict, steps: int) -> bo
     """Return whether a run has done its steps and written its summary, or has none to write."""
     if progress["step"] != steps or not progress["reports"]:
         return progress["step"] >= steps
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # the summary of fewer steps may still be there
-        return json.loads(storage.read_text(Path(folder, SUMMARY[name])))["steps"] == steps
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        summary = json.loads(storage.read_text(Path(folder, f"{PREFIX[name]}summary.json")))
+        return summary["steps"] == steps  # that of fewer steps may still be there
     return False
 
 
@@ -197,9 +183,11 @@ class Run:
         self.folder = storage.writable_folder(folder)
         self.device, args.precision = pick_device(args.device, args.precision, args.compile)
         (self.rank, self.job), self.world_size = join_ranks(self.device), world_size()
-        for option, value in self.typed.items():
+        for option, value in [*self.typed.items(), ("precision", args.precision)]:
             check_equal_on_ranks(value, flag_of(option))
-        self.lock = storage.lock_folder(self.folder) if self.rank == 0 else None
+        self._open = contextlib.ExitStack()
+        if self.rank == 0:
+            self._open.callback(storage.lock_folder(self.folder).release, force=True)
         from_rank_0()  # nobody reads the folder before it is locked
         self.code = storage.code_digest()
         self.checkpoint, self.reason = self._find_checkpoint()
@@ -208,7 +196,6 @@ class Run:
         self.step, self.logged, self.saved, self.unreported = 0, 0, None, False
         self.seconds = 0.0  # of training, up to the last log or save
         self.kept, self.signals, self.parent = {}, [], os.getppid()
-        self._open = contextlib.ExitStack()
 
     def _find_checkpoint(self) -> tuple[dict | None, str]:
         """Return the checkpoint to resume from, or None and the reason why the run in the folder is moved aside."""
@@ -274,7 +261,6 @@ class Run:
             except UnicodeEncodeError:  # TensorBoard itself fails only after the earlier run is moved
                 reason = f"--tensorboard needs a folder whose name Python reads as UTF-8, unlike {self.folder}"
                 raise ValueError(f"{reason}; set PYTHONUTF8=1 or name another folder") from None
-        self.control = dist.new_group(backend="gloo", timeout=PATIENCE) if self.world_size > 1 else None
         self._catch_signals()
         if self.rank == 0:
             if self.checkpoint is None:
@@ -313,29 +299,31 @@ class Run:
 
         Args:
             kept: objects with `state_dict` and `load_state_dict`, or dicts.
+
+        Raises:
+            ValueError: the checkpoint does not fit them.
         """
         self.kept = kept
         if not self.checkpoint:
             return
-        with user_errors():
-            try:
-                for name, value in kept.items():
-                    load = value.update if isinstance(value, dict) else value.load_state_dict
-                    if isinstance(value, torch.optim.Optimizer):
-                        load = functools.partial(restore_optimizer, value)
-                    load(self.checkpoint[name])
-                set_random_state(self.checkpoint["random"], self.device)
-                progress = self.checkpoint["progress"]
-                self.step, self.logged, self.seconds = (progress[name] for name in ("step", "logged", "seconds"))
-                self.saved, self.unreported = self.step, progress["reports"]
-            except Exception as error:  # a mismatch can raise almost any exception
-                if out_of_memory(error):
-                    raise
-                path = storage.checkpoint_path(self.folder, self.name)
-                reason = " ".join(str(error).split())[:200]
-                raise ValueError(f"{path} does not fit this version ({reason}); start over with --fresh") from error
-            if self.rank == 0:  # steps after the checkpoint will run again
-                storage.trim_metrics(self.folder / METRICS[self.name], self.logged)
+        try:
+            for name, value in kept.items():
+                load = value.update if isinstance(value, dict) else value.load_state_dict
+                if isinstance(value, torch.optim.Optimizer):
+                    load = functools.partial(restore_optimizer, value)
+                load(self.checkpoint[name])
+            set_random_state(self.checkpoint["random"], self.device)
+            progress = self.checkpoint["progress"]
+            self.step, self.logged, self.seconds = (progress[name] for name in ("step", "logged", "seconds"))
+            self.saved, self.unreported = self.step, progress["reports"]
+        except Exception as error:  # a mismatch can raise almost any exception
+            if out_of_memory(error):
+                raise
+            path = storage.checkpoint_path(self.folder, self.name)
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{path} does not fit this version ({reason}); start over with --fresh") from error
+        if self.rank == 0:  # steps after the checkpoint will run again
+            storage.trim_metrics(self.folder / f"{PREFIX[self.name]}metrics.csv", self.logged)
         self.checkpoint = None
 
     def parallel(self, model: nn.Module) -> Callable:
@@ -392,7 +380,8 @@ class Run:
                     self.save()
                 self.bar.close()
                 if self.rank == 0:
-                    say(f"stopped at step {self.step}; run the same command again to resume")
+                    again = " without --fresh" if self.args.fresh and self.args.resume is None else ""
+                    say(f"stopped at step {self.step}; run the same command again{again} to resume")
                 sys.exit(128 + signum)
 
     def logs_at(self, step: int) -> bool:
@@ -427,10 +416,10 @@ class Run:
         if self.rank > 0:
             return
         storage.check_owner(self.folder)
-        path = self.folder / METRICS[self.name]
+        path = self.folder / f"{PREFIX[self.name]}metrics.csv"
         row = {"step": self.step} | {k: printable(v) if isinstance(v, str) else v for k, v in row.items()}
         header = ",".join(row) + "\n"
-        if not path.exists():
+        if not path.exists() or not path.stat().st_size:
             storage.write_whole(path, header)
         elif self.logged <= self._first:  # the first row of this process
             with open(path, encoding="utf-8", errors="replace") as file:
@@ -466,13 +455,14 @@ class Run:
 
     def summarize(self, dataset: str, **measured) -> dict:
         """Write and return the summary: what was measured, the time that it took, and all arguments."""
+        storage.check_owner(self.folder)  # measuring takes long
         summary = {"dataset": dataset, "steps": self.step, "seconds": time.perf_counter() - self._began}
         summary |= {
             "training_seconds": self.seconds,
             "images_per_second": self.step * self.args.batch_size / self.seconds,
         }
         summary |= {**measured, "arguments": vars(self.args)}
-        storage.write_whole(self.folder / SUMMARY[self.name], json.dumps(summary, indent=2) + "\n")
+        storage.write_whole(self.folder / f"{PREFIX[self.name]}summary.json", json.dumps(summary, indent=2) + "\n")
         return summary
 
     def _read_clock(self):
@@ -487,9 +477,9 @@ class Run:
         if os.getppid() != self.parent and dist.is_torchelastic_launched():
             self.signals.append(signal.SIGTERM)  # torchrun itself was killed
         signum = self.signals[0] if self.signals else 0
-        if self.control:
+        if self.world_size > 1:
             box = torch.tensor(signum)
-            dist.all_reduce(box, dist.ReduceOp.MAX, group=self.control)
+            dist.all_reduce(box, dist.ReduceOp.MAX)
             signum = int(box)
         return signum
 
@@ -500,20 +490,18 @@ class Run:
         bar = tqdm(total=self.args.steps, initial=self.step, disable=hidden, dynamic_ncols=True)
         self.writer = None
         if self.rank == 0 and self.args.tensorboard:  # steps after the checkpoint are logged again
-            folder = self.folder / TENSORBOARD[self.name]
+            folder = self.folder / f"{PREFIX[self.name]}tensorboard"
             with user_errors():
                 self.writer = self._open.enter_context(summary_writer()(folder, purge_step=self.logged + 1))
         self.bar, self._has_shown = self._open.enter_context(contextlib.closing(bar)), False
         return self
 
     def __exit__(self, _type, error, _traceback):
-        """Close the workers and unlock the folder. Errors that a user can fix end the run in one line, exit code 1."""
+        """Close what is open, and unlock the folder. Errors that users can fix end the run in one line, with code 1."""
         try:
             self._open.close()
         except OSError as failed:  # TensorBoard's writer, on a full disk
             error = error or failed
-        if self.lock:
-            self.lock.release(force=True)
         if reason := self._reason(error):
             message = f"{reason[0]} after step {self.step}: {reason[1]}"
             if isinstance(error, storage.Damaged):  # its message names the remedy
@@ -540,9 +528,11 @@ class Run:
         if isinstance(error, OSError | storage.Damaged):
             return "cannot continue", text
         if out_of_memory(error):
-            return "out of memory", "make --batch-size or the model smaller"
+            return "out of memory", "free some memory and resume, or start anew with a smaller --batch-size or model"
         if lost_rank(error):
             return "cannot continue", "another process of this run has ended"
+        if self.args.compile and type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            return "cannot continue", f"--compile failed ({text[:200]}); leave it out"
         return None
 
     def _resume_command(self, diverged: bool) -> str:

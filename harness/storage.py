@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from harness.cli import say
+from harness.machine import out_of_memory
 
 import filelock
 import psutil
@@ -23,25 +24,10 @@ FORMAT = 5
 CHECKPOINT, PRIOR = "checkpoint", "prior"
 SCRIPTS = {CHECKPOINT: "train.py", PRIOR: "train_prior.py"}  # which script writes which
 IMAGE_CACHE = "images.pt"  # decoded images of a folder; not moved aside with a run, so that the next one finds them
-PRIOR_FILES = (
-    "prior*.pt",
-    "prior_metrics.csv",
-    "prior_curves.png",
-    "prior_summary.json",
-    "samples*.png",
-    "prior_tensorboard",
-)
-PRIOR_FILES += ("completed.png", "neighbours.png", "generation.json")
-RUN_FILES = (
-    "checkpoint*.pt",
-    "metrics.csv",
-    "summary.json",
-    "evaluation.json",
-    "curves.png",
-    "codebook.png",
-    "tensorboard",
-)
-RUN_FILES += ("recon_*.png", "reconstructed*.png", "codes.pt", "images.txt", *PRIOR_FILES)
+PRIOR_FILES = ("prior*.pt", "prior_metrics.csv", "prior_curves.png", "prior_summary.json", "prior_tensorboard")
+PRIOR_FILES += ("samples*.png", "completed.png", "neighbours.png", "generation.json")
+RUN_FILES = ("checkpoint*.pt", "metrics.csv", "summary.json", "evaluation.json", "curves.png", "codebook.png")
+RUN_FILES += ("tensorboard", "recon_*.png", "reconstructed*.png", "codes.pt", "images.txt", *PRIOR_FILES)
 TRAILER = b"sha256:"  # and 64 hexadecimal digits: the comment of the zip archive that torch.save writes
 TRAILER_SIZE = len(TRAILER) + 64
 TEMPORARY = f"*.{'[0-9a-f]' * 16}.tmp"  # half-written files; a user's own *.tmp are left alone
@@ -145,7 +131,9 @@ def read_state(path: Path, mmap: bool = False) -> tuple[dict, str]:
         raise ValueError(f"{path} cannot be read ({error})") from error
     except Damaged:
         raise
-    except Exception:  # something else wrote it; torch's own message tells users to execute the file
+    except Exception as error:  # something else wrote it; torch's own message tells users to execute the file
+        if out_of_memory(error):
+            raise
         raise Damaged(f"{path} holds more than tensors and plain values, and is not loaded") from None
 
 
@@ -192,9 +180,9 @@ def new_folder(path: str | Path | None) -> Iterator[Path | None]:
     empty = path.is_dir() and not any(path.iterdir()) and not path.samefile(os.curdir) and not os.path.ismount(path)
     if os.path.lexists(path) and not empty:
         raise ValueError(f"--out {given} exists already; name a new folder")
-    for left in path.parent.glob(glob.escape(path.name) + TEMPORARY[1:]):
+    for left in path.parent.glob(glob.escape(path.name[:50]) + TEMPORARY[1:]):
         say(f"{left} was left by an --out that was killed; delete it, unless a command is still writing it", error=True)
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary = path.with_name(f"{path.name[:50]}.{secrets.token_hex(8)}.tmp")
     try:
         temporary.mkdir(parents=True)
         with add_path_to_errors(path):
@@ -233,7 +221,9 @@ def is_names(value) -> bool:
 
 
 def is_plain(value) -> bool:
-    return isinstance(value, dict) and all(isinstance(v, str | int | float | None) for v in value.values())
+    return isinstance(value, dict) and all(
+        isinstance(k, str) and isinstance(v, str | int | float | None) for k, v in value.items()
+    )
 
 
 def is_tensors(value) -> bool:
@@ -243,7 +233,7 @@ def is_tensors(value) -> bool:
 def is_sums(value) -> bool:
     """Return whether these are sums of losses (scalars) and of counts (vectors)."""
     return is_tensors(value) and all(
-        v.is_floating_point() and v.ndim == name.startswith("counts") for name, v in value.items()
+        v.is_floating_point() and v.ndim == name.startswith("usage") for name, v in value.items()
     )
 
 
@@ -252,7 +242,7 @@ CONTENTS = {"name": str, "code": str, "args": is_plain, "typed": is_plain, "prog
 CONTENTS |= {"means": {"steps": is_count, "sums": is_sums}, "random": is_tensors}
 KIND_CONTENTS = {
     CHECKPOINT: {
-        "args": {"steps": is_count, "dataset": str},
+        "args": {"steps": is_count, "dataset": str, "background": str},
         "identity": {"images": str, "image_shape": is_shape, "class_names": is_names},
     },
     PRIOR: {
@@ -331,7 +321,10 @@ def read_checkpoint(path: Path, name: str) -> dict:
         raise Damaged(f"{path} is not a checkpoint of this project; {remedy}")
     if state["format"] != FORMAT:
         raise other_version(path, state["format"])
-    if not (fits(state, CONTENTS) and state["name"] == name and fits(state, KIND_CONTENTS[name]) and sound(state)):
+    good = False
+    with contextlib.suppress(RuntimeError):  # tensors without values, lists that hold themselves
+        good = fits(state, CONTENTS) and state["name"] == name and fits(state, KIND_CONTENTS[name]) and sound(state)
+    if not good:
         raise Damaged(f"{path} does not hold what {SCRIPTS[name]} saves; {remedy}")
     return state | {"digest": digest, "path": str(path)}
 
@@ -352,7 +345,8 @@ def code_digest() -> str:
     """Return a digest of the project's own code, on which a run's result depends."""
     root, digest = Path(__file__).parents[1], hashlib.sha256()
     for path in sorted([*root.glob("[!.]*.py"), *root.glob("harness/[!.]*.py")]):  # editors leave hidden ones
-        digest.update(f"{path.relative_to(root).as_posix()}\n".encode() + path.read_bytes())
+        if path.is_file():
+            digest.update(os.fsencode(f"{path.relative_to(root).as_posix()}\n") + path.read_bytes())
     return digest.hexdigest()
 
 
@@ -406,7 +400,8 @@ def lock_owner(folder: Path) -> tuple[int | None, bool]:
 
 def check_owner(folder: Path):
     """Raise Damaged if a folder that this process has locked was moved: another run may be in its place."""
-    if lock_owner(folder)[0] != os.getpid():
+    pid = lock_owner(folder)[0]
+    if pid != os.getpid() and (pid or not (folder / ".lock").exists()):
         raise Damaged(f"{folder} was moved, or another run took its place; resume it with --resume and its new name")
 
 
@@ -422,13 +417,12 @@ def lock_folder(folder: Path) -> filelock.BaseFileLock:
     patience = 10 if pid and not alive else 0
     try:
         lock.acquire(timeout=patience)
-    except NotImplementedError:
-        raise ValueError(
-            f"the file system of {folder} has no locks, so two runs could mix; use a folder elsewhere"
-        ) from None
     except filelock.Timeout:
         remedy = "wait for it, stop it, or name another folder"
         raise ValueError(f"another run, process {pid or 'unknown'}, is writing into {folder}; {remedy}") from None
+    except (OSError, NotImplementedError) as error:
+        remedy = "two runs could mix; use a folder on another file system"
+        raise ValueError(f"{folder} cannot be locked ({error}), so {remedy}") from None
     for left in folder.glob(TEMPORARY):  # half written by a killed run
         if left.is_symlink() or not left.is_dir():  # a folder may be an --out that is being written
             left.unlink(missing_ok=True)
@@ -436,7 +430,7 @@ def lock_folder(folder: Path) -> filelock.BaseFileLock:
     return lock
 
 
-def move_aside(folder: Path, patterns: tuple[str, ...] = RUN_FILES, reason: str = "", what: str = "the earlier run"):
+def move_aside(folder: Path, patterns: Sequence[str] = RUN_FILES, reason: str = "", what: str = "the earlier run"):
     """Move an earlier run's files into a dated folder inside the folder of a new one."""
     earlier = list({path for pattern in patterns for path in folder.glob(pattern)})
     if not earlier:

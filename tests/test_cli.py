@@ -74,6 +74,8 @@ def test_every_flag_has_its_help(capsys, monkeypatch, module):
         (MemoryError(), 2, "out of memory"),
         (torch.OutOfMemoryError("CUDA out of memory"), 2, "out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "out of memory"),
+        (RuntimeError("cannot allocate memory for thread-local data"), 2, "out of memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), 2, "out of memory"),
     ],
 )
 def test_mistake_is_one_line(capsys, error, code, message):
@@ -99,6 +101,18 @@ def test_command_works_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     python, path, *words = shlex.split(command("train.py", "--resume", Path("my run's")))
     assert python == sys.executable and Path(path).samefile(ROOT / "train.py") and words == ["--resume", "my run's"]
+
+
+def test_command_survives_a_deleted_working_folder(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    (tmp_path / "a").rmdir()
+    assert shlex.split(command("train.py"))[1] == str(ROOT / "train.py")
+
+
+def test_backend_that_matplotlib_lacks_is_one_line():
+    done = program("evaluate.py", "--help", env=environment(MPLBACKEND="nonsense"))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nonsense" in done.stderr
 
 
 def test_command_takes_no_folder_for_a_flag():

@@ -1,9 +1,13 @@
 import gzip
 import hashlib
+import io
 import pickle
 import shutil
 import socket
 import struct
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 from harness import data
 from harness.data import (
@@ -26,6 +30,7 @@ from conftest import refusal
 from sklearn.datasets import load_digits
 from torchvision import datasets
 from torchvision.transforms.functional import resize
+from tqdm import tqdm
 
 import train as script
 
@@ -92,6 +97,39 @@ def test_half_extracted_file_is_named_before_downloading(mnist, tmp_path):
     mnist["t10k-labels-idx1-ubyte"].unlink()
     with pytest.raises(ValueError, match="train-images-idx3-ubyte is truncated or corrupt"):
         load_dataset("mnist", tmp_path)
+
+
+def test_one_process_downloads_at_a_time(mnist, tmp_path, monkeypatch):
+    """The second waits, and finds the files whole."""
+    kept = {path: path.read_bytes() for path in mnist.values()}
+    for path in kept:
+        path.unlink()
+    downloads = []
+
+    def download(self):
+        if not self._check_exists():
+            downloads.append(1)
+            for path, content in kept.items():
+                path.write_bytes(content[:50])
+                time.sleep(0.05)
+                path.write_bytes(content)
+
+    monkeypatch.setattr(datasets.MNIST, "download", download)
+    with ThreadPoolExecutor() as pool:
+        loaded = list(pool.map(lambda _: load_dataset("mnist", tmp_path), range(2)))
+    assert len(downloads) == 1 and [len(data.train_images) for data in loaded] == [60, 60]
+
+
+def test_download_survives_a_full_stderr(mnist, tmp_path, monkeypatch):
+    """Torchvision's bar would fail on it, with half an archive left."""
+    for path in mnist.values():
+        path.unlink()
+    monkeypatch.setattr(datasets.MNIST, "download", lambda self: tqdm(total=1).close())
+    with open("/dev/full", "wb", buffering=0) as full, io.TextIOWrapper(full, write_through=True) as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with pytest.raises(Unavailable, match="not found"):
+            load_dataset("mnist", tmp_path)
+        sys.stderr.close()  # what `say` put in its place
 
 
 def test_half_downloaded_archive_is_named(mnist, tmp_path):

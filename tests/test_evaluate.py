@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import sys
@@ -104,6 +105,15 @@ def test_folder_at_another_place_is_measured(folder, tmp_path, capsys):
     evaluate.main(evaluate.parse_args(["--run", str(tmp_path / "results"), "--data-dir", str(tmp_path / "moved")]))
     measured = json.loads((tmp_path / "results" / "evaluation.json").read_text())
     assert measured["test_mse"] == pytest.approx(expected) and measured["step"] == 2
+
+
+def test_full_disk_leaves_no_images_without_their_figures(trained_run, tmp_path, capsys, monkeypatch):
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(evaluate, "write_whole", full)
+    monkeypatch.setattr(evaluate, "write_reconstructions", lambda *_: pytest.fail("images were written before"))
+    assert "evaluation.json" in refusal(capsys, evaluate, f"--run={trained_run}", f"--out={tmp_path / 'out'}")
 
 
 def test_out_holds_the_whole_test_set(trained_run, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Folders of images: what is found in them, how they are decoded, and that it is the same from memory and from disk."""
 
+import errno
 import logging
 import os
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 from harness import folder as folders
 from harness import machine
@@ -602,7 +604,7 @@ def test_unreadable_folder_is_named(folder, monkeypatch):
         load(folder)
 
 
-def test_runs_inside_the_folder_are_left_out(folder):
+def test_runs_inside_the_folder_are_left_out(folder, capsys):
     """But a folder that only has a metrics.csv beside its images is kept."""
     for name in ("results", "started"):
         save(folder / "train" / name / "recon_000010.png")
@@ -611,6 +613,7 @@ def test_runs_inside_the_folder_are_left_out(folder):
     (folder / "train" / "cat" / "metrics.csv").write_text("name,width")
     data = load(folder)
     assert len(data.train_images) == 20 and data.class_names == ["cat", "dog"]
+    assert f"left out {folder / 'train' / 'results'}, the folder of a run" in capsys.readouterr().err
     with pytest.raises(ValueError, match="results is the folder of a run"):
         walk(folder / "train" / "results")
 
@@ -641,6 +644,20 @@ def test_warns_of_folders_beside_train(folder, capsys):
     assert len(load(folder).train_images) == 20
     printed = capsys.readouterr().err
     assert printed == f"{folder} has a folder train/, so car.png, val beside it are left out\n"
+
+
+def test_fault_of_the_machine_blames_no_image(folder, monkeypatch):
+    """An image skipped for it would be missing, and the run would be of other images."""
+    read = Path.read_bytes
+
+    def too_many(path):
+        if path.name == "3.png":
+            raise OSError(errno.EMFILE, "Too many open files", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", too_many)
+    with pytest.raises(OSError, match="Too many open files.*3.png"):
+        load(folder, skip_bad_images=True)
 
 
 def test_retries_images_that_failed_to_decode(folder, tmp_path, monkeypatch):

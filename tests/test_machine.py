@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from conftest import refusal, rows, train
 from torch import nn
+from torch._inductor.exc import InductorError
 
 import train as script
 
@@ -34,6 +36,51 @@ def test_auto_takes_the_cpu_where_nothing_else_is():
 def test_bfloat16_needs_hardware(monkeypatch, hardware, precision):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {hardware: True})
     assert pick_device("cpu")[1] == precision
+
+
+@pytest.mark.parametrize("reason", ["CUDA error: no kernel image is available", "CUDA error: out of memory"])
+def test_gpu_that_cannot_be_used_is_named(monkeypatch, reason):
+    """It is too old for this torch, or another process has filled it."""
+
+    def ones(*size, **options):
+        raise RuntimeError(f"{reason}\nCUDA kernel errors might be asynchronously reported")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    monkeypatch.setattr(torch, "ones", ones)
+    with pytest.raises(ValueError, match=f"cannot be used .{reason}.; give --device cpu$"):
+        pick_device()
+
+
+def test_ranks_on_unlike_devices_refuse_to_start(monkeypatch):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    client = dist.TCPStore("127.0.0.1", store.port, is_master=False, wait_for_workers=False)
+    ranks = {"cpu": (store, 0, 2), "cuda": (client, 1, 2)}
+    current = threading.local()
+    monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(dist, "rendezvous", lambda url: iter([ranks[current.device]]))
+
+    def join(device):
+        current.device = device
+        with pytest.raises(ValueError, match="some processes have a GPU and others have none"):
+            machine.join_ranks(torch.device(device))
+        return True
+
+    with ThreadPoolExecutor() as pool:
+        assert all(pool.map(join, ranks, timeout=60))
+
+
+def test_failed_compilation_is_one_line(tmp_path, capsys, monkeypatch):
+    def fail(*inputs):
+        raise InductorError(RuntimeError("no Python.h"), None)
+
+    monkeypatch.setattr(torch, "compile", lambda forward, mode: fail)
+    with pytest.raises(SystemExit) as ended:
+        train(tmp_path, "--steps=2", "--compile")
+    printed = capsys.readouterr().err
+    assert ended.value.code == 1 and printed.count("\n") == 1
+    assert "--compile failed" in printed and "Python.h" in printed
 
 
 def test_compiling_without_a_compiler_is_refused(capsys, monkeypatch):

@@ -4,7 +4,7 @@ import math
 import os
 import shutil
 
-from harness import data, figures
+from harness import data, figures, machine
 from harness.data import load_dataset, to_pixels
 from harness.folder import ImageFiles
 from harness.storage import load_checkpoint
@@ -421,6 +421,25 @@ def test_full_disk_leaves_nothing_half_written(capsys, trained_run, tmp_path, mo
         assert "No space left" in refusal(capsys, script, *flags)
         assert not list(tmp_path.glob("out*"))
     assert everything(trained_run) == before
+
+
+def test_images_beyond_the_memory_are_refused(capsys, trained_run, tmp_path, monkeypatch):
+    save(tmp_path / "a.png", mode="L")
+    monkeypatch.setattr(machine, "container_limit", lambda: 1000)
+    printed = refusal(capsys, script, f"--run={trained_run}", *[str(tmp_path / "a.png")] * 3)
+    assert "3 images takes at least" in printed and "name fewer at a time" in printed
+
+
+def test_failed_picture_keeps_the_files(trained_run, tmp_path, monkeypatch, capsys):
+    save(tmp_path / "a.png", mode="L")
+
+    def fail(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(figures, "save_codes", fail)
+    flags = [f"--run={trained_run}", tmp_path / "a.png", f"--out={tmp_path / 'o'}"]
+    assert "out of memory" in refusal(capsys, script, *flags)
+    assert (tmp_path / "o" / "codes.npz").is_file()
 
 
 def test_out_left_by_a_kill_stops_no_command(trained_run, tmp_path, capsys):

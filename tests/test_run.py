@@ -244,6 +244,25 @@ def test_moved_run_writes_nothing_in_its_place(tmp_path, capsys, in_step):
     assert load_checkpoint(moved)["progress"]["step"] == 2
 
 
+def test_run_moved_while_measured_leaves_no_summary(tmp_path, monkeypatch, capsys):
+    measure = script.evaluate
+
+    def move(model, images):
+        if len(images) == 297:  # all test images, after the last step
+            (tmp_path / "run").rename(tmp_path / "moved")
+            (tmp_path / "run").mkdir()
+            (tmp_path / "run" / ".lock.pid").write_text("1\n")
+            monkeypatch.setattr(script.figures, "save_codebooks", lambda *_: None)
+        return measure(model, images)
+
+    monkeypatch.setattr(script, "evaluate", move)
+    monkeypatch.setattr(script, "CURVE_IMAGES", 10)
+    with pytest.raises(SystemExit):
+        train(tmp_path / "run", "--steps=2")
+    assert "another run took its place" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
 # Going on, or making way
 
 
@@ -302,7 +321,7 @@ def test_fresh_starts_anew(tmp_path, stop_at, finished_run, capsys):
     assert load_checkpoint(archive)["progress"]["step"] == 13
 
 
-def test_fresh_run_goes_on_when_torchrun_restarts_it(tmp_path, stop_at, finished_run, monkeypatch):
+def test_fresh_run_goes_on_when_torchrun_restarts_it(tmp_path, stop_at, finished_run, monkeypatch, capsys):
     """Torchrun gives the same flags again; another torchrun starts anew."""
     flags = [*STEPS, "--fresh"]
     monkeypatch.setattr(run, "join_ranks", lambda device: (0, "job 1"))
@@ -310,8 +329,10 @@ def test_fresh_run_goes_on_when_torchrun_restarts_it(tmp_path, stop_at, finished
     train(tmp_path, *flags)
     assert same_run(tmp_path, finished_run) and not archives(tmp_path)
     monkeypatch.setattr(run, "join_ranks", lambda device: (0, "job 2"))
+    capsys.readouterr()
     stop_at(13, tmp_path, *flags)
     assert len(archives(tmp_path)) == 1
+    assert "run the same command again without --fresh to resume" in capsys.readouterr().out
 
 
 def test_torchrun_never_retrains_a_finished_run(tmp_path, monkeypatch, capsys):
@@ -508,6 +529,12 @@ def test_full_disk_at_the_start_is_one_line(trained_run, capsys, monkeypatch, wh
     assert "No space left on device" in refusal(capsys, script, *flags)
 
 
+def test_metrics_emptied_while_training_begin_anew(tmp_path, in_step):
+    in_step(9, lambda: (tmp_path / "metrics.csv").write_text(""))
+    train(tmp_path, "--steps=10")
+    assert [row["step"] for row in rows(tmp_path)] == ["10"]
+
+
 def test_metrics_spoilt_while_training_cost_a_picture(tmp_path, in_step, capsys):
     in_step(9, lambda: (tmp_path / "metrics.csv").write_text("step,recon_loss\n5,word\n"))
     train(tmp_path, "--steps=10")
@@ -518,7 +545,7 @@ def test_metrics_spoilt_while_training_cost_a_picture(tmp_path, in_step, capsys)
 def test_means_of_another_codebook_end_the_run(tmp_path, stop_at, capsys):
     """By one line, before a step is saved."""
     stop_at(13, tmp_path, *STEPS)
-    sums = {"recon_loss": torch.tensor(1.0), "counts": torch.zeros(31)}
+    sums = {"recon_loss": torch.tensor(1.0), "usage": torch.zeros(31)}
     save_checkpoint(tmp_path, load_checkpoint(tmp_path) | {"means": {"steps": 1, "sums": sums}})
     with pytest.raises(SystemExit) as ended:
         train(tmp_path, *STEPS)

@@ -34,7 +34,7 @@ from harness.storage import (
 import psutil
 import pytest
 import torch
-from conftest import ROOT, SMALL, ended, program, refusal, rows, same_state, started, train
+from conftest import ROOT, SMALL, ended, program, refusal, rows, same_run, same_state, started, train
 
 import evaluate
 import train as script
@@ -317,12 +317,31 @@ def test_only_our_own_temporary_files_are_removed(trained_run):
     assert left == {"notes.tmp", "a.0123456789ABCDEF.tmp", "mine.tmp", "b.0123456789abcdef.tmp"}
 
 
-def test_file_system_without_locks_is_named(trained_run, capsys, monkeypatch):
+@pytest.mark.parametrize("error", [NotImplementedError("flock"), OSError(errno.ENOLCK, "No locks available")])
+def test_file_system_without_locks_is_named(trained_run, capsys, monkeypatch, error):
     def acquire(*_, **options):
-        raise NotImplementedError("flock")
+        raise error
 
     monkeypatch.setattr(storage.filelock.BaseFileLock, "acquire", acquire)
-    assert "has no locks" in refusal(capsys, evaluate, f"--run={trained_run}")
+    assert f"{trained_run} cannot be locked" in refusal(capsys, evaluate, f"--run={trained_run}")
+
+
+def test_lack_of_memory_is_no_damage(trained_run, capsys, monkeypatch):
+    """Nobody should replace a good checkpoint by the one before it."""
+
+    def load(*_, **options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch, "load", load)
+    for call, flag in ((evaluate, "--run"), (script, "--resume")):
+        printed = refusal(capsys, call, f"{flag}={trained_run}")
+        assert "out of memory" in printed and "cp --" not in printed
+
+
+def test_run_survives_the_loss_of_its_pid_file(finished_run, tmp_path, in_step):
+    in_step(13, (tmp_path / ".lock.pid").unlink)
+    train(tmp_path, "--steps=30", "--save-every=10")
+    assert same_run(tmp_path, finished_run)
 
 
 def test_refused_run_unlocks_its_folder(tmp_path, capsys):
@@ -389,6 +408,12 @@ def test_new_folder_replaces_only_an_empty_one(tmp_path):
         (folder / "a").write_text("")
         assert not (tmp_path / "empty" / "a").exists()
     assert (tmp_path / "empty" / "a").exists()
+
+
+def test_new_folder_may_have_the_longest_name(tmp_path):
+    with new_folder(tmp_path / ("a" * 255)):
+        pass
+    assert (tmp_path / ("a" * 255)).is_dir()
 
 
 def test_new_folder_follows_a_link(tmp_path):
@@ -497,6 +522,8 @@ def test_hidden_files_are_no_code(tmp_path, monkeypatch):
     before = storage.code_digest()
     (tmp_path / ".#train.py").symlink_to(tmp_path / "nowhere")
     (tmp_path / "harness" / "._run.py").write_text("")
+    (tmp_path / "folder.py").mkdir()
+    os.mkfifo(tmp_path / "pipe.py")
     assert storage.code_digest() == before
     (tmp_path / "harness" / "run.py").write_text("")
     assert storage.code_digest() != before

@@ -87,7 +87,9 @@ def test_digits_replace_missing_mnist_loudly(tmp_path, monkeypatch, capsys):
 def test_dataset_asked_for_is_never_replaced(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
     flags = ("--data-dir", tmp_path, "--dataset", "mnist", "--out-dir", tmp_path / "out")
-    assert "copy its files into" in refusal(capsys, script, *flags)
+    with pytest.raises(SystemExit) as refused:
+        script.main(script.parse_args([*map(str, flags)]))
+    assert refused.value.code == 2 and "copy its files into" in capsys.readouterr().err
     assert all(path.name.startswith(".lock") for path in tmp_path.glob("out/*"))
 
 
@@ -252,6 +254,16 @@ def test_summary_is_over_all_test_images(tmp_path, monkeypatch):
     assert summary["test_mse"] != pytest.approx(curve, rel=1e-6)
 
 
+def test_model_beyond_the_gpu_is_one_line(tmp_path, monkeypatch, capsys):
+    """As on a GPU that another process has filled."""
+
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(script.VQVAE, "to", full)
+    assert "out of memory" in refusal(capsys, script, *SMALL, f"--out-dir={tmp_path}")
+
+
 def test_size_beyond_the_memory_is_refused(capsys, tmp_path):
-    printed = refusal(capsys, script, "--dataset=digits", f"--out-dir={tmp_path}", "--image-size=1000000")
-    assert "--image-size 1000000 takes" in printed and "make it smaller" in printed
+    printed = refusal(capsys, script, "--dataset=digits", f"--out-dir={tmp_path}", "--image-size=8192")
+    assert "--image-size 8192 takes" in printed and "make it smaller" in printed
