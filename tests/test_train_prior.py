@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 
+from harness import storage
 from harness.data import batch_indices, load_dataset, to_pixels
 from harness.storage import load_checkpoint, read_checkpoint, read_state
 
@@ -339,6 +340,19 @@ def test_samples_while_training_are_drawn_without_dropout(trained_run, monkeypat
 def test_prior_trains_with_dropout_after_a_report(trained_run, trained_on):
     train_prior(trained_run, "--steps=4", "--save-every=2")
     assert len(trained_on) == 4
+
+
+def test_prior_reads_its_vqvae_under_the_lock(trained_run, monkeypatch):
+    """A run of train.py that holds the lock may save until it releases it."""
+    lock = storage.lock_folder
+
+    def lock_later(folder):
+        shutil.copy(folder / "checkpoint_previous.pt", folder / "checkpoint.pt")
+        return lock(folder)
+
+    monkeypatch.setattr(storage, "lock_folder", lock_later)
+    train_prior(trained_run, "--steps=1")
+    assert load_checkpoint(trained_run, "prior")["identity"]["vqvae"] == load_checkpoint(trained_run)["digest"]
 
 
 def test_single_training_image_is_refused(capsys, tmp_path):
