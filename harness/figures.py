@@ -236,7 +236,7 @@ def draw_codebook(plane: Axes, histogram: Axes, name: str, codebook: Tensor, cou
     area = 6 + 30 * counts / max(counts.mean(), 1e-9)
     plane.scatter(*points[used].T, s=area[used], alpha=0.7, edgecolor="black", lw=0.4, label="codes, area by use")
     if (~used).any():
-        plane.scatter(*points[~used].T, s=14, marker="x", color="tab:red", label="unused codes")
+        plane.scatter(*points[~used].T, s=14, marker="x", color="tab:red", zorder=3, label="unused codes")
     share = pca.explained_variance_ratio_.sum()
     plane.set(title=f"{name}codes among the encoder's outputs (PCA, {share:.0%} of the variance)", xticks=[], yticks=[])
     for mark in plane.legend().legend_handles:
