@@ -145,9 +145,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=above_zero, default=TEMPERATURE, help="below 1, likelier codes")
     parser.add_argument("--top-k", type=number(int, 0, 2**31), default=0, help="likeliest codes to draw from; 0: all")
     parser.add_argument("--top-p", type=above_zero, default=TOP_P, help="total probability of the codes drawn from")
-    parser.add_argument(
-        "--guidance", type=number(float, 0, 100), default=GUIDANCE, help="above 1: typical of its class"
-    )
+    parser.add_argument("--guidance", type=number(float, 0, 100), default=GUIDANCE, help="above 1: more typical")
     parser.add_argument("--seed", type=number(int, 0, 2**63), default=0, help="the same seed draws the same images")
     parser.add_argument("--complete", nargs="+", metavar="FILE", help="images to complete from their first codes")
     parser.add_argument("--keep", type=number(float, 0, 1), default=0.5, help="share of codes that --complete keeps")

@@ -54,7 +54,7 @@ class MultiScaleQuantizer(VectorQuantizer):
 
     def forward(self, z_e: Tensor) -> Quantized:
         """Quantize z_e (B, D, h, w); the indices are a list, coarsest first. Raises what `VectorQuantizer` does."""
-        quantized = super().forward(self._residuals(z_e))
+        quantized = super().forward(self.residuals(z_e))
         residual, z_q, phi_loss = z_e.detach().float(), 0.0, 0.0
         for scale, codes in enumerate(self._split(quantized.z_q.detach())):
             upscaled = self._upscale(scale, codes)
@@ -69,7 +69,7 @@ class MultiScaleQuantizer(VectorQuantizer):
 
     def encode(self, z_e: Tensor) -> list[Tensor]:
         """Return the indices of z_e, coarsest first; changes nothing."""
-        return self._split(super().encode(self._residuals(z_e.detach())))
+        return self._split(super().encode(self.residuals(z_e.detach())))
 
     def lookup(self, indices: list[Tensor | None]) -> Tensor:
         """Return the sum (B, D, h, w) of the codes of all scales, or of the first ones; None leaves a scale out.
@@ -104,7 +104,8 @@ class MultiScaleQuantizer(VectorQuantizer):
         """Count each code's uses, at all scales together: (K,) int64."""
         return super().count(torch.cat([chosen.flatten() for chosen in indices]) if type(indices) is list else indices)
 
-    def _residuals(self, z_e):  # (B, D, h, w) -> each scale's d_s, side by side: (B, D, T) float32
+    def residuals(self, z_e: Tensor) -> Tensor:
+        """Return the vectors that the codes replace, each scale's d_s side by side: (B, D, T) float32."""
         if (size := z_e.shape[2:]) != self.scales[-1]:
             raise ValueError(f"z_e has {format_sizes([size])} vectors, but the scales are {format_sizes(self.scales)}")
         # Until the codebook is initialised, every vector is its own code, so that k-means sees realistic residuals.

@@ -123,13 +123,13 @@ def main(args: argparse.Namespace):
 
 
 def named_values(model: VQVAE, quantized: list[Quantized]) -> dict[str, Tensor]:
-    """Return the values to log for each level: its losses, and the share of its positions that each code has (K,)."""
+    """Return the values to log for each level: its losses, and its counts (K,), as shares of the positions."""
     values = {}
     for name, level, codes in zip(model.level_names, model.levels, quantized):
         values[level_key("codebook_loss", name)] = codes.codebook_loss
         values[level_key("commitment_loss", name)] = codes.commitment_loss
         counts = level.quantizer.count(codes.indices)
-        values[level_key("usage", name)] = counts / counts.sum()
+        values[level_key("counts", name)] = counts / counts.sum()
     return values
 
 
@@ -143,7 +143,7 @@ def report(run: Run, model: VQVAE, means: Means, data: Dataset, test_images: Ten
     saving, title = run.saves_at(run.step), f"{data.name}, step {run.step:,}"
     row = {name: value.item() for name, value in values.items() if value.ndim == 0}
     for name in model.level_names:
-        row |= usage(values[level_key("usage", name)], name)
+        row |= usage(values[level_key("counts", name)], name)
     row["test_mse"] = evaluate(model, test_images)[0]["test_mse"] if saving else None
     run.log(row | {"dataset": run.args.dataset})
 

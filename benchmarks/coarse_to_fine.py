@@ -107,9 +107,10 @@ def main():
     # The codes: both kinds at the bits of one, and then of the other
     data = ["--dataset", args.dataset, "--data-dir", args.data_dir]
     cpu_seconds("train.py", "--out-dir", args.out_dir / "shape", *data, "--steps", 1)
-    height, width = load_checkpoint(args.out_dir / "shape")["identity"]["image_shape"][1:]
-    single, scaled = (VQVAE(1, (height, width), 8, 8, 8, 1, scales=scales) for scales in (None, "auto"))
-    codes = [sum(i[0].numel() for i in model.encode(torch.zeros(1, 1, height, width))) for model in (single, scaled)]
+    shape = load_checkpoint(args.out_dir / "shape")
+    image_size, stride = shape["identity"]["image_shape"][1:], shape["args"]["downsample"]
+    models = (VQVAE(1, image_size, 8, 8, 8, 1, stride, scales=scales) for scales in (None, "auto"))
+    codes = [sum(map(math.prod, model.grids(image_size))) for model in models]
     size, rows = args.codebook_size, []
     pairs = [(size, equal_bits(size, *codes)), (equal_bits(size, *codes[::-1]), size)][: args.pairs]
     for number, pair in enumerate(pairs):

@@ -11,6 +11,7 @@ Each sample of neighbours.png stands above the training image nearest to it in p
 """
 
 import argparse
+import itertools
 import statistics
 from pathlib import Path
 
@@ -106,15 +107,17 @@ def save_neighbours(path: Path, images: Tensor, train_images: Tensor):
     flat = train_images.flatten(1).float()
     nearest = torch.cat([torch.cdist(image[None].flatten(1).float(), flat).argmin(1) for image in images])
     rows = [row for pair in zip(images.split(8), train_images[nearest].split(8)) for row in pair]
-    names = ["sample", "nearest"] * (len(rows) // 2)
+    names = ["sample", "nearest training image"] * (len(rows) // 2)
     figures.save_grid(path, rows, "samples, each above the training image nearest to it", names)
 
 
 @torch.inference_mode()
 def generate_without_cache(prior: Prior, labels: Tensor) -> Tensor:
     codes = torch.zeros(len(labels), prior.length, dtype=torch.int64)
-    for at in range(prior.length):
-        codes[:, at] = torch.multinomial(prior(codes, labels)[:, at].softmax(-1), 1)[:, 0]
+    ends = list(itertools.accumulate(prior.step_sizes))
+    for at, end in zip([0, *ends], ends):
+        share = prior(codes, labels)[:, at:end].softmax(-1)
+        codes[:, at:end] = torch.multinomial(share.flatten(0, 1), 1).view(-1, end - at)
     return codes
 
 
@@ -127,6 +130,8 @@ def main():
     torch.set_num_threads(2)
     model, prior = script.load_run(args.run)
     data = dataset_of(load_checkpoint(args.run), Path(args.run), args.data_dir)
+    if data.train_labels is None:
+        parser.error("--run needs images with classes")
     classifier = train_classifier(data.train_images, data.train_labels)
     real, found = classify(classifier, data.test_images)
     accuracy = (found == data.test_labels).float().mean().item()

@@ -6,7 +6,7 @@ more nats, so neither number means anything alone. For comparison, the plot show
 PixelCNN (keras.io/examples/generative/vq_vae; K = 128, D = 16), by the losses that it prints: MSE 0.0042 and 1.034 nats
 per code, with 7x7 codes.
 
-The priors are trained for about a quarter of their default steps, so that the nats are somewhat above what can be
+The priors are trained for 1,200 of their 3,000 default steps, so that the nats are somewhat above what can be
 reached.
 """
 

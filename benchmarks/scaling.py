@@ -4,9 +4,9 @@ Claim: the cost of an image grows slower than the codebook, shrinks with the bat
 It also shows what several processes cost on cores that one process could use alone.
 
 Each point is a run of train.py on scikit-learn's digits, on the CPU, in two threads; on the last axis, the processes
-share them. Microseconds per image are the median over the second half of the log's intervals without the last, when
-codes are being revived. Points are measured in turns; each gets the median of its repeats. Defaults: K = 512,
-batches of 32, 28x28, one process.
+share them. Microseconds per image are the median over intervals 8 to 12 of the log's 14: by then, codes are being
+revived. Points are measured in turns; each gets the median of its repeats. Defaults: K = 512, batches of 32, 28x28, one
+process.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def microseconds_per_image(flag: str, value: int) -> float:
         steps = LINES * every
         flags = ["--dataset=digits", f"--out-dir={folder}", f"--steps={steps}", f"--save-every={steps}"]
         flags += [f"--log-every={every}", "--downsample=4", "--device=cpu"]
-        flags += [f"{flag}={value}"] if flag != "--nproc-per-node" else []
+        flags += [f"{name}={its}" for name, its in point.items() if name != "--nproc-per-node"]
         start = [sys.executable, "-u"]
         if processes > 1:
             start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]

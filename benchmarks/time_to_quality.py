@@ -1,6 +1,6 @@
 """Seconds of training to a test MSE on MNIST: `python benchmarks/time_to_quality.py --data-dir data --peers DIR`.
 
-Aims: `python train.py` reaches the test MSE that the best of four public implementations has after 150 s of training in
+Aims: `python train.py` reaches the test MSE that the best of three public repositories has after 150 s of training in
 less than a fifteenth of that time, and 28.0 dB in less than 17 s. benchmarks/README.md says which aims are met.
 
 The others are imported from PEERS/<owner>, clones of ritheshkumar95/pytorch-vqvae, MishaLaskin/vqvae and
@@ -116,6 +116,8 @@ def train_peer(
             steps += 1
             if device == "cuda" and steps % 100 == 0:
                 torch.cuda.synchronize()  # so that the clock measures finished steps
+        if device == "cuda":
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - began
         model.eval()
         measured = measure(step, test_images)

@@ -86,7 +86,7 @@ def add_data_flags(parser: argparse.ArgumentParser):
     group.add_argument(
         "--image-size",
         type=number(int, 1, 2**13 + 1),
-        help="scale the short side to so many pixels; crop the centre",
+        help="scale the short side to this many pixels; crop the centre",
     )
     group.add_argument(
         "--background", type=color, default="white", help="colour behind transparent images, by name or as #rrggbb"
@@ -253,16 +253,18 @@ def check_same(data: Dataset, checkpoint: dict, folder: str | Path):
 def torchvision_splits(name: str, data_dir: str | Path, download: bool) -> tuple:
     """Return the images and labels for training, those for testing, and the names of the classes."""
     source = datasets.CIFAR10 if name == "cifar10" else IDX[name]
+    whole = all(path.is_file() and intact(path) for path, _, intact in known_files(source, Path(data_dir)))
     with contextlib.ExitStack() as stack:
         stack.callback(socket.setdefaulttimeout, socket.getdefaulttimeout())
         socket.setdefaulttimeout(30)
         try:
-            files = known_files(source, Path(data_dir))
-            if download and not all(path.is_file() and intact(path) for path, _, intact in files):
+            if download and not whole:
                 say(f"preparing {name} in {data_dir}", error=True)
                 Path(data_dir).mkdir(parents=True, exist_ok=True)
-                stack.enter_context(filelock.FileLock(Path(data_dir, ".lock")))  # another process may be downloading
-            check_files(source, data_dir)
+                lock = filelock.FileLock(Path(data_dir, ".download.lock"))  # another process may be downloading
+                stack.enter_context(lock)
+            if not whole:
+                check_files(source, data_dir)
             loaded = [source(data_dir, download=download), source(data_dir, train=False)]
         except Exception as error:  # no network, or damaged files without a known checksum
             check_files(source, data_dir, archives=True)
@@ -271,7 +273,8 @@ def torchvision_splits(name: str, data_dir: str | Path, download: bool) -> tuple
                 raise damaged(name, source, data_dir, reason) from error
             reason = f" and cannot be downloaded ({reason})" if download else ""
             raise Unavailable(f"{name} is not in {data_dir}{reason}") from error
-    check_files(source, data_dir)
+    if not whole:
+        check_files(source, data_dir)
     splits = []
     for split in loaded:
         images, labels = torch.as_tensor(split.data), torch.as_tensor(split.targets)  # (N, H, W), or (N, H, W, C)

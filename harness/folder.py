@@ -41,7 +41,6 @@ ENDINGS += (".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
 FORMATS = ("PNG", "JPEG", "JPEG2000", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM")
 Image.init()
 FORMATS += ("AVIF",) if "AVIF" in Image.OPEN else ()  # from Pillow 11.3 on
-TEMPORARY_FAULTS = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of the machine: no image is to blame
 GREY_MODES = ("1", "L", "LA", "La", "F", "I", "I;16", "I;16B", "I;16L")
 
 
@@ -61,6 +60,8 @@ class ImageFiles(torch.utils.data.Dataset):
             with pillow_warnings():
                 image = decode(path, self.shape[1], self.image_size, self.background)
         except Exception as error:
+            if is_fault_of_machine(error):
+                raise
             raise ValueError(f"{printable(path)} cannot be decoded any more ({reason_of(error)})") from error
         if image.shape != self.shape[1:]:
             raise ValueError(f"{printable(path)} has changed its size to {image.shape[2]}x{image.shape[1]} pixels")
@@ -310,7 +311,7 @@ def try_each(function: Callable, paths: list[Path], what: str) -> Iterator:
         try:
             return function(path)
         except Exception as error:  # damaged files surface as almost any exception
-            if out_of_memory(error) or getattr(error, "errno", None) in TEMPORARY_FAULTS:
+            if is_fault_of_machine(error):
                 raise
             return reason_of(error)
 
@@ -415,6 +416,11 @@ def pillow_warnings():
         yield
 
 
+def is_fault_of_machine(error: Exception) -> bool:
+    """Return whether no image is to blame: too many open files, no memory, a disk or a network that fails."""
+    return out_of_memory(error) or getattr(error, "errno", None) in (errno.EIO, errno.EMFILE, errno.ENFILE)
+
+
 def reason_of(error: Exception) -> str:
     """Return an exception's message on one line, without the memory addresses of Pillow's buffers."""
     text = " ".join(str(error).split()) or type(error).__name__
@@ -466,7 +472,7 @@ def read_images(
             except FileNotFoundError:
                 raise ValueError(f"{printable(path)} does not exist") from None
             except Exception as error:  # damaged files surface as almost any exception
-                if out_of_memory(error):
+                if is_fault_of_machine(error):
                     raise
                 raise ValueError(f"{printable(path)} cannot be decoded ({reason_of(error)})") from error
             images.append(image)

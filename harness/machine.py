@@ -46,7 +46,8 @@ def pick_device(device: str = "auto", precision: str = "auto", compile: bool = F
         try:
             torch.ones(1, device=device).sum().item()
         except RuntimeError as error:  # too old for this torch, or full
-            raise ValueError(f"the GPU cannot be used ({str(error).splitlines()[0]}); give --device cpu") from error
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"the GPU cannot be used ({reason}); to hide it, set CUDA_VISIBLE_DEVICES=-1") from error
         fast_bfloat16 = torch.cuda.get_device_capability() >= (8, 0)
     elif device == "cpu":  # a CPU that emulates bfloat16 is slower in it than in float32
         capabilities = torch.cpu.get_capabilities()

@@ -231,9 +231,9 @@ def is_tensors(value) -> bool:
 
 
 def is_sums(value) -> bool:
-    """Return whether these are sums of losses (scalars) and of counts (vectors)."""
+    """Return whether these are sums of losses (scalars) and of codes' counts (vectors)."""
     return is_tensors(value) and all(
-        v.is_floating_point() and v.ndim == name.startswith("usage") for name, v in value.items()
+        v.is_floating_point() and v.ndim == name.startswith("counts") for name, v in value.items()
     )
 
 

@@ -1,4 +1,4 @@
-"""Export the weights of a run, for use but not for more training: `python pretrained/export.py --run results`.
+"""Export the weights of a run, for use but not for training: `python pretrained/export.py --run results --out DIR`.
 
 Writes checkpoint.pt, prior.pt if the run has a prior, and summary.json into a new folder, which every other script
 takes as `--run`. Weights stay float32 if all files together take at most 8 MB. If not, the prior's weights are rounded
@@ -84,7 +84,7 @@ def export(run: str, out: Path, half: tuple[str, ...]) -> int:
 def compare(run: str, out: Path) -> str:
     """Say how the folder differs from the run: the weights, and images drawn with the same seed."""
     (before, prior), (after, rounded) = load_run(run), load_run(out)
-    largest = max((a - b).abs().max().item() for a, b in zip(before.parameters(), after.parameters()))
+    largest = max((a - b).abs().max().item() for a, b in zip(before.state_dict().values(), after.state_dict().values()))
     labels = labels_of(prior, COMPARED)
     codes = [draw_codes(model, its, labels) for model, its in ((before, prior), (after, rounded))]
     same = torch.stack([(a == b).flatten(1).all(1) for a, b in zip(*codes)]).all(0)
@@ -94,7 +94,7 @@ def compare(run: str, out: Path) -> str:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser("Export the weights of a finished run to a folder that every other script takes as --run.")
     parser.add_argument("--run", default="results", help="folder of the run")
-    parser.add_argument("--out", metavar="DIR", default="pretrained/mnist", help="new folder to write to")
+    parser.add_argument("--out", metavar="DIR", required=True, help="new folder to write to")
     return parser.parse_args(argv)
 
 

@@ -72,6 +72,7 @@ def test_every_flag_has_its_help(capsys, monkeypatch, module):
         (FloatingPointError("a mistake"), 2, "a mistake"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (MemoryError(), 2, "out of memory"),
+        (torch.distributed.DistNetworkError("connection reset"), 1, "another process of this run has ended"),
         (torch.OutOfMemoryError("CUDA out of memory"), 2, "out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "out of memory"),
         (RuntimeError("cannot allocate memory for thread-local data"), 2, "out of memory"),

@@ -22,6 +22,7 @@ from harness.data import (
     to_uint8,
 )
 from harness.folder import count_pixels
+from harness.storage import lock_folder
 
 import numpy as np
 import pytest
@@ -118,6 +119,21 @@ def test_one_process_downloads_at_a_time(mnist, tmp_path, monkeypatch):
     with ThreadPoolExecutor() as pool:
         loaded = list(pool.map(lambda _: load_dataset("mnist", tmp_path), range(2)))
     assert len(downloads) == 1 and [len(data.train_images) for data in loaded] == [60, 60]
+
+
+def test_download_has_a_time_limit(mnist, tmp_path, monkeypatch):
+    before, limits = socket.getdefaulttimeout(), []
+    monkeypatch.setattr(datasets.MNIST, "download", lambda self: limits.append(socket.getdefaulttimeout()))
+    with pytest.raises(Unavailable):
+        load_dataset("mnist", tmp_path / "elsewhere")
+    assert limits == [30] and socket.getdefaulttimeout() == before
+
+
+def test_data_and_run_may_share_a_folder(mnist, tmp_path):
+    """The run has locked it already when it downloads."""
+    with lock_folder(tmp_path), pytest.raises(Unavailable, match="Error downloading"):
+        mnist["t10k-images-idx3-ubyte"].unlink()
+        load_dataset("mnist", tmp_path)
 
 
 def test_download_survives_a_full_stderr(mnist, tmp_path, monkeypatch):

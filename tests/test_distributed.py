@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 
-from harness.storage import load_checkpoint
+from harness.storage import load_checkpoint, lock_folder
 
 import psutil
 import pytest
@@ -327,6 +327,20 @@ def test_ranks_with_other_checkpoints_refuse_to_start(tmp_path):
         for code, _, errors in end_of(ranks):
             assert code == 2 and errors.count("\n") == 1, errors
             assert "the processes differ in the checkpoint in run" in errors
+
+
+def test_signal_to_one_rank_stops_all(tmp_path):
+    """As from a scheduler that stops one machine."""
+    flags = [*SMALL, f"--out-dir={tmp_path}", "--steps=9000", "--save-every=9000", "--log-every=1"]
+    with start_ranks(*flags) as ranks:
+        wait_for_metrics(ranks[0], tmp_path)
+        ranks[1].send_signal(signal.SIGTERM)
+        assert [code for code, *_ in end_of(ranks)] == [143, 143]
+
+
+def test_mistake_of_rank_0_ends_the_others_by_one_line(tmp_path):
+    with lock_folder(tmp_path), start_ranks(*SMALL, f"--out-dir={tmp_path}") as ranks:
+        assert [(code, errors.count("\n")) for code, _, errors in end_of(ranks)] == [(2, 1), (1, 1)]
 
 
 def test_rank_that_lost_another_ends_by_one_line(tmp_path):

@@ -99,6 +99,12 @@ def test_reconstructions_are_made_in_eval_mode(tmp_path, drawn):
     assert all(map(same_images, read_grid(tmp_path / "recon.png", drawn[0], 16, 16)[1:], expected))
 
 
+def test_near_codes_have_near_colours():
+    places = torch.randperm(20)
+    colours = figures.code_colors(places[:, None].float())
+    assert abs(np.corrcoef(colours[:, 0], places)[0, 1]) > 0.99
+
+
 def test_psnr_is_in_decibels():
     assert figures.psnr(torch.full((3, 4, 4), 0.6), torch.full((3, 4, 4), 0.5)) == pytest.approx(20, abs=1e-4)
 
@@ -224,7 +230,9 @@ def test_codebook_picture_shows_codes_and_their_use(tmp_path, drawn, dim, unused
     points = {mark.get_label(): mark.get_offsets() for mark in plane.collections}
     shown = [len(points.get(name, ())) for name in ("codes, area by use", "unused codes")]
     assert shown == [10 - unused, unused]
-    assert len(points["encoder outputs"]) == (11 if size == 4 else 6 * 16)
+    sizes = {mark.get_label(): mark.get_sizes() for mark in plane.collections}["codes, area by use"]
+    assert np.allclose(sizes, 6 + 30 * counts[counts > 0] / counts.float().mean())
+    assert len(points["vectors"]) == (11 if size == 4 else 6 * 16)
     if dim == 2:  # then the projection only turns and moves, which keeps distances
         codes = torch.tensor(np.concatenate([points["codes, area by use"], points["unused codes"]]))
         expected = torch.pdist(model.levels[0].quantizer.codebook.detach().double())

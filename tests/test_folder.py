@@ -618,6 +618,18 @@ def test_runs_inside_the_folder_are_left_out(folder, capsys):
         walk(folder / "train" / "results")
 
 
+def test_hidden_folders_are_skipped(folder):
+    save(folder / "train" / "cat" / ".thumbnails" / "0.png")
+    assert len(load(folder).train_images) == 20
+
+
+def test_promised_formats_are_read(tmp_path):
+    for ending in ("png", "jpg", "webp", "gif", "bmp", "tif", "ppm"):
+        save(tmp_path / f"a.{ending}")
+    data = load(tmp_path)
+    assert len(data.train_images) + len(data.test_images) == 7
+
+
 def test_images_beside_a_run_are_never_lost(capsys, folder, tmp_path):
     """A class that was named as --out-dir by mistake, and refused, is still a class."""
     cats = folder / "train" / "cat"

@@ -80,7 +80,7 @@ OF_TRAINING = [
     ("optimizer state 1 step", None), ("optimizer param_groups", []), ("optimizer param_groups 0", {}),
     ("means", MISSING), ("means sums", {"recon_loss": -1}), ("means steps", 10**30),
     ("means sums", {"recon_loss": torch.zeros(2)}), ("means sums", {"recon_loss": torch.tensor(1)}),
-    ("means sums", {"usage": torch.tensor(1.0)}), ("random", {}), ("random cpu", torch.zeros(3)),
+    ("means sums", {"counts": torch.tensor(1.0)}), ("random", {}), ("random cpu", torch.zeros(3)),
     ("progress logged", None), ("progress seconds", "long"), ("typed", None), ("code", 3),
     (f"model {WEIGHT}", torch.zeros(2)),
 ]  # fmt: skip

@@ -49,7 +49,22 @@ def test_gpu_that_cannot_be_used_is_named(monkeypatch, reason):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
     monkeypatch.setattr(torch, "ones", ones)
-    with pytest.raises(ValueError, match=f"cannot be used .{reason}.; give --device cpu$"):
+    with pytest.raises(ValueError, match=f"cannot be used .{reason}.; to hide it, set CUDA_VISIBLE_DEVICES=-1$"):
+        pick_device()
+
+
+def test_gpu_is_that_of_the_local_rank(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(torch, "ones", lambda *_, **options: torch.zeros(1))
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert pick_device() == (torch.device("cuda"), "bfloat16") and taken == [1]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="process 2 of this machine has no GPU"):
         pick_device()
 
 

@@ -533,6 +533,14 @@ def test_perplexity_of_closed_forms():
     assert perplexity(torch.tensor([2, 1, 1])).item() == pytest.approx(2**1.5)
 
 
+def test_code_without_count_stays():
+    """An EMA count that has decayed to zero must not make the code NaN."""
+    vq = make(ema=True, decay=0.0)
+    before = vq.codebook.clone()
+    vq(before[:1])
+    assert torch.equal(vq.codebook[1:], before[1:])
+
+
 def test_counts_of_batches_add_up():
     vq, z = make(), torch.randn(99, 4)
     parts = sum(vq.count(vq.encode(part)) for part in z.split(10))

@@ -266,6 +266,13 @@ def test_refined_codes_reach_the_files(trained_run, tmp_path):
     assert errors["refined"] < errors["plain"]
 
 
+def test_refined_codes_reach_the_picture(trained_run, drawn):
+    run(trained_run, "--refine=3")
+    images, indices = drawn[0][3:5]
+    expected, _ = script.reconstruct(load_model(load_checkpoint(trained_run)), images, 3)
+    assert all(torch.equal(*pair) for its, other in zip(indices, expected) for pair in zip(its, other))
+
+
 def test_duplicate_names_are_numbered():
     """Also those that Windows and macOS take for the same; none is too long to be written."""
     paths = [script.Path(name) for name in ("a/x.png", "b/x.jpg", "X.gif", "x_2.png", "x.png", "a\nb.png", "..png")]

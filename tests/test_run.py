@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from harness import run
@@ -64,6 +65,16 @@ def test_means_refuse_what_is_not_finite(value):
     means.add(1.0, loss=torch.tensor([1.0, value]))
     with pytest.raises(FloatingPointError, match="NaN or infinite; lower the learning rate"):
         means.compute()
+
+
+def test_means_of_a_checkpoint_count_once(monkeypatch):
+    """Every rank reads the sums of all ranks; rank 0 alone keeps them."""
+    monkeypatch.setattr(run, "world_size", lambda: 2)
+    for rank, kept in ((0, 3), (1, 0)):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        means = Means()
+        means.load_state_dict({"steps": 1, "sums": {"loss": torch.tensor(3.0)}})
+        assert means.sums["loss"] == kept
 
 
 def test_schedule_warms_up_then_falls_linearly():
@@ -228,7 +239,9 @@ def test_divergence_of_the_last_step_starts_anew(tmp_path, capsys):
     assert "values of z_e are NaN or infinite" in refusal(capsys, evaluate, f"--run={tmp_path}")
 
 
-def test_moved_run_writes_nothing_in_its_place(tmp_path, capsys, in_step):
+@pytest.mark.parametrize("log_every", [3, 5])
+def test_moved_run_writes_nothing_in_its_place(tmp_path, capsys, in_step, log_every):
+    """Neither a row of the metrics nor a checkpoint."""
     folder, moved = tmp_path / "run", tmp_path / "moved"
 
     def replace():
@@ -238,7 +251,7 @@ def test_moved_run_writes_nothing_in_its_place(tmp_path, capsys, in_step):
 
     in_step(3, replace)
     with pytest.raises(SystemExit) as ended:
-        train(folder, "--steps=4", "--save-every=2")
+        train(folder, "--steps=4", "--save-every=2", f"--log-every={log_every}")
     assert ended.value.code == 1 and "was moved, or another run took its place" in capsys.readouterr().err
     assert [path.name for path in folder.iterdir()] == [".lock.pid"]
     assert load_checkpoint(moved)["progress"]["step"] == 2
@@ -261,6 +274,65 @@ def test_run_moved_while_measured_leaves_no_summary(tmp_path, monkeypatch, capsy
         train(tmp_path / "run", "--steps=2")
     assert "another run took its place" in capsys.readouterr().err
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_lack_of_memory_while_training_is_one_line(tmp_path, in_step, capsys):
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    in_step(3, full)
+    with pytest.raises(SystemExit) as ended:
+        train(tmp_path, "--steps=4", "--save-every=2")
+    printed = capsys.readouterr().err
+    assert ended.value.code == 1 and printed.count("\n") == 1
+    assert "out of memory after step 3" in printed and "checkpoint of step 2 is intact" in printed
+
+
+# Ranks
+
+
+def test_ranks_compare_all_flags(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(run, "check_equal_on_ranks", lambda value, what: seen.update({what: value}))
+    train(tmp_path, "--steps=1", "--precision=auto")
+    assert seen["--steps"] == 1 and seen["--precision"] in ("float32", "bfloat16")
+    assert seen.keys() >= {"--lr", "their code", "images", f"the checkpoint in {tmp_path}"}
+
+
+def test_batch_smaller_than_the_ranks_is_refused():
+    few = argparse.Namespace(world_size=3, args=argparse.Namespace(batch_size=2))
+    with pytest.raises(ValueError, match="between 3 .processes"):
+        Run.begin(few, 10, "images")
+
+
+# What a user watches
+
+
+def test_line_tells_speed_and_time_left(capsys):
+    args = argparse.Namespace(steps=40, batch_size=16)
+    bar = argparse.Namespace(disable=True, set_postfix_str=str)
+    began = time.perf_counter() - 20
+    state = argparse.Namespace(rank=0, step=10, _first=0, _read_clock=int, _began=began, args=args, bar=bar)
+    Run.show(state, "loss 1")
+    assert capsys.readouterr().out == "step 10/40: loss 1, 8 images/s, 60 s left\n"
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(0, ["1/4:", "4/4:"]), (999, ["4/4:"])])
+def test_first_line_comes_early_and_once(tmp_path, capsys, monkeypatch, seconds, steps):
+    monkeypatch.setattr(run, "FIRST_LINE", seconds)
+    train(tmp_path, "--steps=4")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("step ")] == steps
+
+
+def test_terminal_shows_a_bar_that_goes_on(tmp_path, stop_at, monkeypatch, capsys):
+    stop_at(3, tmp_path, "--steps=6")
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    capsys.readouterr()
+    train(tmp_path, "--steps=6")
+    printed = capsys.readouterr()
+    assert "3/6" in printed.err and "6/6" in printed.err and "0/6" not in printed.err and "step 6/6" not in printed.out
 
 
 # Going on, or making way
@@ -433,6 +505,14 @@ def test_resume_goes_on_as_the_same_command(tmp_path, stop_at, finished_run):
     assert same_run(tmp_path, finished_run) and not archives(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "flag",
+    ["--data-dir=x", "--device=auto", "--precision=bfloat16", "--memory-limit=1", "--compile", "--log-every=7"],
+)
+def test_resume_may_change_the_machine(finished_run, flag):
+    script.parse_args([f"--resume={finished_run}", "--steps=40", flag])
+
+
 def test_resume_may_change_the_length(tmp_path, stop_at, capsys):
     """Stopped again, it goes on by the first command with the new length; the old length is another run."""
     stop_at(13, tmp_path, *STEPS)
@@ -545,7 +625,7 @@ def test_metrics_spoilt_while_training_cost_a_picture(tmp_path, in_step, capsys)
 def test_means_of_another_codebook_end_the_run(tmp_path, stop_at, capsys):
     """By one line, before a step is saved."""
     stop_at(13, tmp_path, *STEPS)
-    sums = {"recon_loss": torch.tensor(1.0), "usage": torch.zeros(31)}
+    sums = {"recon_loss": torch.tensor(1.0), "counts": torch.zeros(31)}
     save_checkpoint(tmp_path, load_checkpoint(tmp_path) | {"means": {"steps": 1, "sums": sums}})
     with pytest.raises(SystemExit) as ended:
         train(tmp_path, *STEPS)

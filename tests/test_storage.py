@@ -249,6 +249,16 @@ def test_earlier_run_moves_to_a_dated_folder(trained_run, capsys):
     assert len(rows(trained_run)) == 1
 
 
+def test_every_file_of_an_earlier_run_moves(generating_run):
+    names = ("evaluation.json", "reconstructed.png", "reconstructed_2.png", "codes.pt", "images.txt", "samples.png")
+    names += ("samples_by_scale.png", "completed.png", "prior.pt", "prior_metrics.csv", "prior_summary.json")
+    for name in names:
+        (generating_run / name).touch()
+    train(generating_run, "--steps=2")
+    (archive,) = (path for path in generating_run.iterdir() if path.is_dir())
+    assert all((archive / name).exists() and not (generating_run / name).exists() for name in names)
+
+
 def test_killed_move_goes_on_into_the_same_folder(tmp_path, monkeypatch):
     """It is named by the time of the newest file."""
     names = ("metrics.csv", "summary.json", "checkpoint.pt", *(f"recon_00000{i}.png" for i in range(7)))
@@ -522,6 +532,7 @@ def test_hidden_files_are_no_code(tmp_path, monkeypatch):
     before = storage.code_digest()
     (tmp_path / ".#train.py").symlink_to(tmp_path / "nowhere")
     (tmp_path / "harness" / "._run.py").write_text("")
+    (tmp_path / "._train.py").write_text("")
     (tmp_path / "folder.py").mkdir()
     os.mkfifo(tmp_path / "pipe.py")
     assert storage.code_digest() == before

@@ -69,6 +69,16 @@ def test_training_learns_the_digits(tmp_path):
     assert summary["test_mse"] < guess / 4 and summary["codes_used"] > 24
 
 
+def test_defaults_are_those_of_the_readme(capsys):
+    args = vars(script.parse_args([]))
+    documented = {"steps": 7500, "batch_size": 48, "codebook_size": 512, "code_dim": 8, "width": 64, "blocks": 2}
+    documented |= {"decay": 0.99, "beta": 1.0, "revive_below": 0.03, "save_every": 1000, "log_every": 100}
+    assert args | documented == args
+    with pytest.raises(SystemExit):
+        script.parse_args(["--help"])
+    assert "(default: 7500)" in " ".join(capsys.readouterr().out.split())
+
+
 def test_seed_decides_the_run(finished_run, tmp_path):
     train(tmp_path / "same", "--steps=30", "--save-every=10")
     assert same_run(tmp_path / "same", finished_run)

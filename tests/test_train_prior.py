@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from conftest import TINY, ended, refusal, same_state, save, train, train_prior
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import muon
 import sample
 import train as vqvae_script
 import train_prior as script
@@ -353,6 +354,38 @@ def test_prior_reads_its_vqvae_under_the_lock(trained_run, monkeypatch):
     monkeypatch.setattr(storage, "lock_folder", lock_later)
     train_prior(trained_run, "--steps=1")
     assert load_checkpoint(trained_run, "prior")["identity"]["vqvae"] == load_checkpoint(trained_run)["digest"]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_prior_computes_in_its_precision(trained_run, monkeypatch, precision):
+    layers, updates, original = set(), set(), muon.orthogonalize
+
+    def orthogonalize(matrices):
+        updates.add(matrices[0].dtype)
+        return original(matrices)
+
+    def see(module, inputs, output):
+        if isinstance(module, torch.nn.Linear) and module.training:
+            layers.add(output.dtype)
+
+    monkeypatch.setattr(muon, "orthogonalize", orthogonalize)
+    with torch.nn.modules.module.register_module_forward_hook(see):
+        train_prior(trained_run, "--steps=1", f"--precision={precision}")
+    assert layers == updates == {getattr(torch, precision)}
+
+
+def test_betas_of_adam(trained_run):
+    train_prior(trained_run, "--steps=1")
+    assert load_checkpoint(trained_run, "prior")["adamw"]["param_groups"][0]["betas"] == (0.9, 0.95)
+    assert load_checkpoint(trained_run)["optimizer"]["param_groups"][0]["betas"] == (0.9, 0.99)
+
+
+def test_samples_while_training_are_of_the_seed(trained_run, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(script.figures, "save_samples", lambda path, rows, title, names: drawn.append((rows, names)))
+    train_prior(trained_run, "--steps=2", "--seed=3")
+    ((rows, names),) = drawn
+    assert torch.equal(torch.cat(rows), sample.sample(*load_run(trained_run), seed=3)) and names == list("0123456789")
 
 
 def test_single_training_image_is_refused(capsys, tmp_path):
