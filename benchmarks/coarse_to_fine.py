@@ -26,7 +26,7 @@ from pathlib import Path
 
 from machine import ROOT, heading, write_json
 
-from harness.data import dataset_of
+from harness.data import NAMES, dataset_of
 from harness.storage import load_checkpoint
 
 import torch
@@ -137,7 +137,8 @@ def main():
         print(f"drawing {num} scale by scale: {seconds[0] / seconds[1]:.1f} times as fast as in raster order")
 
     # What is drawn
-    source = dataset_of(load_checkpoint(rows[0]["folder"]), rows[0]["folder"], args.data_dir)
+    data_dir = args.data_dir if args.dataset in NAMES else None
+    source = dataset_of(load_checkpoint(rows[0]["folder"]), rows[0]["folder"], data_dir)
     train_images, test_images = (torch.as_tensor(images[:]) for images in (source.train_images, source.test_images))
     classifier = train_classifier(train_images, source.train_labels)
     real, found = classify(classifier, test_images)

@@ -1,6 +1,7 @@
 """Several processes over gloo: they share one codebook, match a run of one process, and never hang if one dies."""
 
 import contextlib
+import datetime
 import os
 import shutil
 import signal
@@ -51,7 +52,8 @@ def learn(vq, optimizer, share_of):
 
 def rank_main(rank, ranks, folder):
     made = [quantizer(ema) for ema in (False, True)]  # before there are several processes: nothing may be cached
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=ranks)
+    options = {"rank": rank, "world_size": ranks, "timeout": datetime.timedelta(seconds=60)}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", **options)
     torch.manual_seed(rank)  # what a rank draws by itself must not matter
     for vq, optimizer in made:
         if rank == 0:

@@ -20,7 +20,7 @@ from harness.storage import load_checkpoint, save_checkpoint
 
 import pytest
 import torch
-from conftest import ROOT, SIGNALS, SMALL, TINY, program, refusal, rows, same_run, started, train, train_prior
+from conftest import PROGRAMS, ROOT, SIGNALS, SMALL, TINY, program, refusal, rows, same_run, started, train, train_prior
 
 import evaluate
 import reconstruct
@@ -131,8 +131,8 @@ def test_second_ctrl_c_ends_at_once(tmp_path, in_step):
 
 
 def test_same_command_resumes_after_ctrl_c(finished_run, tmp_path):
-    """In a process of its own each time, with steps so slow that the signal comes at any moment of one."""
-    command = [sys.executable, ROOT / "train.py", f"--out-dir={tmp_path}", *SMALL, *STEPS]
+    """In a process of its own each time, with steps so slow that the signal comes before the last."""
+    command = [sys.executable, PROGRAMS / "slow_steps.py", f"--out-dir={tmp_path}", *SMALL, *STEPS]
     with started(command, stderr=subprocess.STDOUT) as process:
         assert any("step 10/" in line for line in process.stdout)
         process.send_signal(signal.SIGINT)

@@ -3,6 +3,7 @@
 Usage: python tests/programs/scales_on_ranks.py RANK RANKS FOLDER
 """
 
+import datetime
 import sys
 from pathlib import Path
 
@@ -18,7 +19,8 @@ BATCH, STEPS, RANKS = 5, 12, {1: [5], 2: [4, 1]}  # images per step, of all rank
 
 def main(rank, ranks, folder):
     if ranks > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=ranks)
+        options = {"rank": rank, "world_size": ranks, "timeout": datetime.timedelta(seconds=60)}
+        dist.init_process_group("gloo", init_method=f"file://{folder}/init", **options)
     batches = torch.randn(STEPS, BATCH, 4, 3, 5, generator=torch.Generator().manual_seed(1))
     for ema in (False, True):
         torch.manual_seed(0)
