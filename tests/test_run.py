@@ -424,6 +424,12 @@ def test_signal_handlers_are_restored(tmp_path):
     assert signal.getsignal(signal.SIGTERM) == before[1]
 
 
+def test_sigterm_stops_even_if_it_was_ignored(tmp_path, stop_at):
+    """Some supervisors start their jobs so, and then send it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    stop_at(2, tmp_path, "--steps=4", signum=signal.SIGTERM)
+
+
 def test_ignored_signals_stay_ignored(tmp_path, in_step):
     """A shell script's background job ignores Ctrl-C, nohup a closed terminal."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
