@@ -1,6 +1,6 @@
 """The codebook of a VQ-VAE: nearest code, straight-through gradient, and how the codes learn.
 
-This file needs torch alone; copy it into your own project. MIT licence, copyright 2026 the VQ-VAE authors.
+This file needs torch alone; copy it into your own project. MIT licence, copyright 2026 the authors.
 
 Shapes: B batch, D code_dim, K codebook_size, N vectors (B times the spatial positions)
     z_e, z_q  (B, D, *spatial)      encoder output, and the codes that replace it

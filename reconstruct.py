@@ -94,7 +94,8 @@ def load_images(args: argparse.Namespace, checkpoint: dict, model: VQVAE) -> tup
         paths += walk(file) if file.is_dir() else [file]
     size, read = None if args.full_size else model.image_size, paths if args.out else paths[:SHOWN]
     if size:
-        check_room(len(read) * model.channels * math.prod(size), f"{len(read):,} images", "name fewer at a time")
+        needed = len(read) * model.channels * math.prod(size)
+        check_room(needed, f"reading {len(read):,} images", "name fewer at a time")
     images, resized = read_images(read, model.channels, size, checkpoint["args"]["background"])
     if args.full_size:
         maps = 3 * model.levels[-1].encoder[1].out_channels  # float32, at half the image's size: where most memory goes

@@ -105,8 +105,9 @@ def main(args: argparse.Namespace):
             loss = recon_loss + codebook_loss + args.beta * commitment_loss
 
             # Update. DistributedDataParallel averages gradients over ranks; weight each by its share of the batch.
+            share_of_peak = run.schedule(step)
             for group in muon.param_groups + optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * run.schedule(step)
+                group["lr"] = share_of_peak * group["peak_lr"]
             model.zero_grad()
             (loss * run.share(x) * run.world_size).backward()
             for level in model.levels:  # old momentum would drag revived codes away

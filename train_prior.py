@@ -82,10 +82,10 @@ def main(args: argparse.Namespace):
         prior.init_from_codebooks(model.codebooks())
         matrices = {name: p for name, p in prior.named_parameters() if name.startswith("blocks") and p.ndim == 2}
         others = [p for name, p in prior.named_parameters() if name not in matrices]
-        group_of_matrices = {"params": matrices.values(), "peak_lr": args.lr}
-        group_of_others = {"params": others, "peak_lr": args.embedding_lr}
-        muon = Muon([group_of_matrices], getattr(torch, args.precision), weight_decay=args.weight_decay)
-        adamw = torch.optim.AdamW([group_of_others], weight_decay=args.weight_decay, betas=(0.9, 0.95), fused=True)
+        decay, dtype = args.weight_decay, getattr(torch, args.precision)
+        muon = Muon([{"params": matrices.values(), "peak_lr": args.lr}], dtype, weight_decay=decay)
+        groups = [{"params": others, "peak_lr": args.embedding_lr}]
+        adamw = torch.optim.AdamW(groups, weight_decay=decay, betas=(0.9, 0.95), fused=True)
         best = {"held_out_nats": math.inf, "step": 0, "model": prior.state_dict()}  # the weights that `sample.py` loads
         means = Means()  # of the logged values, since the last logged row
         run.keep(model=prior, muon=muon, adamw=adamw, best=best, means=means)  # saved and restored under these names
@@ -104,8 +104,9 @@ def main(args: argparse.Namespace):
             loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
             # Update. DistributedDataParallel averages gradients over ranks; weight each by its share of the batch.
+            share_of_peak = run.schedule(step)
             for group in muon.param_groups + adamw.param_groups:
-                group["lr"] = group["peak_lr"] * run.schedule(step)
+                group["lr"] = share_of_peak * group["peak_lr"]
             prior.zero_grad()
             (loss * run.share(batch) * run.world_size).backward()
             torch.nn.utils.clip_grad_norm_(prior.parameters(), 1.0)

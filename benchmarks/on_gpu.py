@@ -10,6 +10,7 @@ there is one table and one JSON, also when parts fail: the table then says which
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -134,9 +135,11 @@ def measure(part: str, seconds: float) -> dict:
         try:
             _, errors = process.communicate(timeout=max(1, seconds))
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # with its trainings
-            process.communicate()
             return {f"{part} FAILED": "no time was left for it"}
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with the trainings that it started
+            process.wait()
         if process.returncode:
             lines = errors.strip().splitlines() or [f"exit code {process.returncode}"]
             return {f"{part} FAILED": lines[-1]}

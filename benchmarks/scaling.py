@@ -40,7 +40,7 @@ def microseconds_per_image(flag: str, value: int) -> float:
         steps = LINES * every
         flags = ["--dataset=digits", f"--out-dir={folder}", f"--steps={steps}", f"--save-every={steps}"]
         flags += [f"--log-every={every}", "--downsample=4", "--device=cpu"]
-        flags += [f"{name}={its}" for name, its in point.items() if name != "--nproc-per-node"]
+        flags += [f"{name}={setting}" for name, setting in point.items() if name != "--nproc-per-node"]
         start = [sys.executable, "-u"]
         if processes > 1:
             start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import math
+import re
 import signal
 import socket
 import zlib
@@ -259,6 +260,7 @@ def torchvision_splits(name: str, data_dir: str | Path, download: bool) -> tuple
         socket.setdefaulttimeout(30)
         try:
             if download and not whole:
+                # This also replaces a stderr that cannot be written, on which torchvision's bar would fail.
                 say(f"preparing {name} in {data_dir}", error=True)
                 Path(data_dir).mkdir(parents=True, exist_ok=True)
                 lock = filelock.FileLock(Path(data_dir, ".download.lock"))  # another process may be downloading
@@ -397,8 +399,8 @@ def batches(images: Images, order: Iterable[Tensor], device: torch.device) -> Ge
         try:
             for batch in workers:
                 yield batch.to(device, non_blocking=True)
-        except (ValueError, RuntimeError) as error:  # holds a worker's traceback, or says that it died
-            raise OSError(str(error).splitlines()[-1].removeprefix("ValueError: ")) from error
+        except (ValueError, OSError, RuntimeError) as error:  # holds a worker's traceback, or says that it died
+            raise OSError(re.sub("^(ValueError|OSError): ", "", str(error).splitlines()[-1])) from error
         finally:
             workers._shutdown_workers()  # an error's traceback would keep them alive
             for worker in workers._workers:

@@ -198,7 +198,8 @@ def save_curves(path: Path, metrics: Path, title: str):
 
 def plot_columns(ax: Axes, rows: list[dict], kind: str, **style):
     """Plot every column whose name starts with `kind`, at the steps at which it has a value."""
-    for name in (name for name in (rows or [{}])[0] if name.startswith(kind)):
+    names = [name for name in rows[0] if name.startswith(kind)] if rows else []
+    for name in names:
         points = [(row["step"], row[name]) for row in rows if row[name] is not None]
         ax.plot(*zip(*points), **{"label": name.replace("_", " "), **style})
 

@@ -189,7 +189,8 @@ def walk(root: Path) -> list[Path]:
             if others := [path for path in paths if not is_run_file(path)]:
                 found = f"{len(others)} images that it did not write, such as {printable(min(others).name)}"
                 raise ValueError(f"{printable(parent)} is the folder of a run, but holds {found}; move them")
-            say(f"left out {printable(parent)}, the folder of a run", error=True)
+            if parent != root:
+                say(f"left out {printable(parent)}, the folder of a run", error=True)
             folders.clear()
             continue
         images += paths

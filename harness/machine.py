@@ -42,8 +42,8 @@ def pick_device(device: str = "auto", precision: str = "auto", compile: bool = F
         index = int(os.environ.get("LOCAL_RANK", 0))
         if index >= torch.cuda.device_count():
             raise ValueError(f"process {index} of this machine has no GPU of its own; start fewer, or use --device cpu")
-        torch.cuda.set_device(index)
         try:
+            torch.cuda.set_device(index)
             torch.ones(1, device=device).sum().item()
         except RuntimeError as error:  # too old for this torch, or full
             reason = str(error).splitlines()[0]

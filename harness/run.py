@@ -183,8 +183,9 @@ class Run:
         self.folder = storage.writable_folder(folder)
         self.device, args.precision = pick_device(args.device, args.precision, args.compile)
         (self.rank, self.job), self.world_size = join_ranks(self.device), world_size()
-        for option, value in [*self.typed.items(), ("precision", args.precision)]:
+        for option, value in self.typed.items():
             check_equal_on_ranks(value, flag_of(option))
+        check_equal_on_ranks(args.precision, "the precision that they chose (give all --precision float32)")
         self._open = contextlib.ExitStack()
         if self.rank == 0:
             self._open.callback(storage.lock_folder(self.folder).release, force=True)
@@ -511,13 +512,10 @@ class Run:
                 if is_finished(self.folder, self.name, progress, self.args.steps):
                     fail(message, code=1)
                 saved = progress["step"]
-                diverged = isinstance(error, FloatingPointError)
-                if diverged and saved == self.step:  # finite weights, infinite results
+                if isinstance(error, FloatingPointError) and saved == self.step:  # finite weights, infinite results
                     message += "; its checkpoint would diverge again: start over with --fresh and a lower rate"
                 else:
-                    message += (
-                        f"; the checkpoint of step {saved} is intact; to resume: {self._resume_command(diverged)}"
-                    )
+                    message += f"; the checkpoint of step {saved} is intact; to resume: {self._resume_command(error)}"
             fail(message, code=1)
 
     def _reason(self, error: BaseException | None) -> tuple[str, str] | None:
@@ -531,17 +529,22 @@ class Run:
             return "out of memory", "free some memory and resume, or start anew with a smaller --batch-size or model"
         if lost_rank(error):
             return "cannot continue", "another process of this run has ended"
-        if self.args.compile and type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-            return "cannot continue", f"--compile failed ({text[:200]}); leave it out"
+        if failed_to_compile(error):
+            return "cannot continue", f"--compile failed ({text[:200]})"
         return None
 
-    def _resume_command(self, diverged: bool) -> str:
+    def _resume_command(self, error: BaseException) -> str:
         start = "" if self.world_size == 1 else "torchrun ..."
-        words = ["--resume", self.folder]
-        for option in LEARNING_RATES if diverged else ():  # with the same rates, it would diverge again
+        words = ["--resume", self.folder] + ["--no-compile"] * failed_to_compile(error)
+        # With the same rates, a run that diverged would diverge again.
+        for option in LEARNING_RATES if isinstance(error, FloatingPointError) else ():
             if hasattr(self.args, option):
                 words += [flag_of(option), f"{getattr(self.args, option) / 2:g}"]
         return command(storage.SCRIPTS[self.name], *words, start=start)
+
+
+def failed_to_compile(error: BaseException | None) -> bool:
+    return type(error).__module__.startswith(("torch._inductor", "torch._dynamo"))
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict):

@@ -180,9 +180,10 @@ def new_folder(path: str | Path | None) -> Iterator[Path | None]:
     empty = path.is_dir() and not any(path.iterdir()) and not path.samefile(os.curdir) and not os.path.ismount(path)
     if os.path.lexists(path) and not empty:
         raise ValueError(f"--out {given} exists already; name a new folder")
-    for left in path.parent.glob(glob.escape(path.name[:50]) + TEMPORARY[1:]):
+    stem = path.name[:50]  # leaves room for the suffix: a name may have 255 bytes
+    for left in path.parent.glob(glob.escape(stem) + TEMPORARY[1:]):
         say(f"{left} was left by an --out that was killed; delete it, unless a command is still writing it", error=True)
-    temporary = path.with_name(f"{path.name[:50]}.{secrets.token_hex(8)}.tmp")
+    temporary = path.with_name(f"{stem}.{secrets.token_hex(8)}.tmp")
     try:
         temporary.mkdir(parents=True)
         with add_path_to_errors(path):
@@ -321,9 +322,12 @@ def read_checkpoint(path: Path, name: str) -> dict:
         raise Damaged(f"{path} is not a checkpoint of this project; {remedy}")
     if state["format"] != FORMAT:
         raise other_version(path, state["format"])
-    good = False
-    with contextlib.suppress(RuntimeError):  # tensors without values, lists that hold themselves
+    try:
         good = fits(state, CONTENTS) and state["name"] == name and fits(state, KIND_CONTENTS[name]) and sound(state)
+    except RuntimeError as error:  # tensors without values, lists that hold themselves
+        if out_of_memory(error):
+            raise
+        good = False
     if not good:
         raise Damaged(f"{path} does not hold what {SCRIPTS[name]} saves; {remedy}")
     return state | {"digest": digest, "path": str(path)}
@@ -421,8 +425,8 @@ def lock_folder(folder: Path) -> filelock.BaseFileLock:
         remedy = "wait for it, stop it, or name another folder"
         raise ValueError(f"another run, process {pid or 'unknown'}, is writing into {folder}; {remedy}") from None
     except (OSError, NotImplementedError) as error:
-        remedy = "two runs could mix; use a folder on another file system"
-        raise ValueError(f"{folder} cannot be locked ({error}), so {remedy}") from None
+        remedy = "use another folder, or one on another file system"
+        raise ValueError(f"{folder} cannot be locked ({error}), so two runs could mix; {remedy}") from None
     for left in folder.glob(TEMPORARY):  # half written by a killed run
         if left.is_symlink() or not left.is_dir():  # a folder may be an --out that is being written
             left.unlink(missing_ok=True)

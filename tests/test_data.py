@@ -116,6 +116,7 @@ def test_one_process_downloads_at_a_time(mnist, tmp_path, monkeypatch):
                 path.write_bytes(content)
 
     monkeypatch.setattr(datasets.MNIST, "download", download)
+    monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: None)  # the two threads would mix theirs
     with ThreadPoolExecutor() as pool:
         loaded = list(pool.map(lambda _: load_dataset("mnist", tmp_path), range(2)))
     assert len(downloads) == 1 and [len(data.train_images) for data in loaded] == [60, 60]
@@ -124,9 +125,13 @@ def test_one_process_downloads_at_a_time(mnist, tmp_path, monkeypatch):
 def test_download_has_a_time_limit(mnist, tmp_path, monkeypatch):
     before, limits = socket.getdefaulttimeout(), []
     monkeypatch.setattr(datasets.MNIST, "download", lambda self: limits.append(socket.getdefaulttimeout()))
-    with pytest.raises(Unavailable):
-        load_dataset("mnist", tmp_path / "elsewhere")
-    assert limits == [30] and socket.getdefaulttimeout() == before
+    try:
+        socket.setdefaulttimeout(7)
+        with pytest.raises(Unavailable):
+            load_dataset("mnist", tmp_path / "elsewhere")
+        assert limits == [30] and socket.getdefaulttimeout() == 7
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def test_data_and_run_may_share_a_folder(mnist, tmp_path):

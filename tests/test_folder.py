@@ -658,6 +658,16 @@ def test_warns_of_folders_beside_train(folder, capsys):
     assert printed == f"{folder} has a folder train/, so car.png, val beside it are left out\n"
 
 
+def test_disk_that_fails_while_training_is_one_sentence(folder, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    data = load(folder, memory_limit=0)
+    monkeypatch.setattr(folders, "decode", fail)  # the workers are forked
+    with pytest.raises(OSError, match=r"^\[Errno 5\] Input/output error$"):
+        next(batches(data.train_images, iter([torch.arange(2)]), torch.device("cpu")))
+
+
 def test_fault_of_the_machine_blames_no_image(folder, monkeypatch):
     """An image skipped for it would be missing, and the run would be of other images."""
     read = Path.read_bytes

@@ -434,7 +434,7 @@ def test_images_beyond_the_memory_are_refused(capsys, trained_run, tmp_path, mon
     save(tmp_path / "a.png", mode="L")
     monkeypatch.setattr(machine, "container_limit", lambda: 1000)
     printed = refusal(capsys, script, f"--run={trained_run}", *[str(tmp_path / "a.png")] * 3)
-    assert "3 images takes at least" in printed and "name fewer at a time" in printed
+    assert "reading 3 images takes at least" in printed and "name fewer at a time" in printed
 
 
 def test_failed_picture_keeps_the_files(trained_run, tmp_path, monkeypatch, capsys):

@@ -336,13 +336,14 @@ def test_file_system_without_locks_is_named(trained_run, capsys, monkeypatch, er
     assert f"{trained_run} cannot be locked" in refusal(capsys, evaluate, f"--run={trained_run}")
 
 
-def test_lack_of_memory_is_no_damage(trained_run, capsys, monkeypatch):
+@pytest.mark.parametrize(("place", "name"), [(torch, "load"), (torch.Tensor, "isfinite")])
+def test_lack_of_memory_is_no_damage(trained_run, capsys, monkeypatch, place, name):
     """Nobody should replace a good checkpoint by the one before it."""
 
-    def load(*_, **options):
+    def fail(*_, **options):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(torch, "load", load)
+    monkeypatch.setattr(place, name, fail)
     for call, flag in ((evaluate, "--run"), (script, "--resume")):
         printed = refusal(capsys, call, f"{flag}={trained_run}")
         assert "out of memory" in printed and "cp --" not in printed

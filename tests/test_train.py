@@ -4,7 +4,7 @@ import json
 import time
 from pathlib import Path
 
-from harness import figures
+from harness import figures, machine
 from harness.data import Dataset, batch_indices, load_dataset, load_training_data, random_flip, to_pixels
 from harness.storage import load_checkpoint
 
@@ -274,6 +274,7 @@ def test_model_beyond_the_gpu_is_one_line(tmp_path, monkeypatch, capsys):
     assert "out of memory" in refusal(capsys, script, *SMALL, f"--out-dir={tmp_path}")
 
 
-def test_size_beyond_the_memory_is_refused(capsys, tmp_path):
+def test_size_beyond_the_memory_is_refused(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "container_limit", lambda: 10**9)
     printed = refusal(capsys, script, "--dataset=digits", f"--out-dir={tmp_path}", "--image-size=8192")
     assert "--image-size 8192 takes" in printed and "make it smaller" in printed

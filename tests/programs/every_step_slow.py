@@ -1,4 +1,4 @@
-"""Run train.py with steps of at least 0.2 s: `slow_steps.py FLAGS`."""
+"""Run train.py with steps of at least 0.2 s: `every_step_slow.py FLAGS`."""
 
 import time
 
