@@ -45,13 +45,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--ema", action=switch, default=False, help="update the codes by EMA, not by a loss")
     group.add_argument("--decay", type=share, default=0.99, help="EMA decay, of code counts and with --ema of codes")
     group.add_argument("--kmeans-start", action=switch, default=True, help="initialise the codes by k-means")
-    group.add_argument("--revive-below", type=share, default=0.03, help="revive codes used less, as share of the mean")
+    revive = "revive codes used less than this share of the mean; 0: none"
+    group.add_argument("--revive-below", type=share, default=0.03, help=revive)
 
     group = parser.add_argument_group("optimization")
     group.add_argument("--lr", type=rate, help="peak learning rate of encoder and decoder; default: 0.3 / sqrt(steps)")
-    group.add_argument(
-        "--codebook-lr", type=rate, help="peak learning rate of the codes; default: 0.04, 0.01 with 2 levels"
-    )
+    of_codes = "peak learning rate of the codes; default: 0.04, or 0.01 with two levels"
+    group.add_argument("--codebook-lr", type=rate, help=of_codes)
     add_run_flags(parser, steps=7500, batch_size=48)
     return parse_run_args(parser, argv, CHECKPOINT)
 
