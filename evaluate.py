@@ -8,7 +8,7 @@ import argparse
 import io
 import json
 
-from harness.cli import make_parser, say, user_errors
+from harness.cli import make_parser, progress, say, user_errors
 from harness.data import batches, chunks, dataset_of, to_pixels, to_uint8
 from harness.folder import Images
 from harness.machine import pick_device
@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
-from tqdm import tqdm
 
 from model import VQVAE, level_key, load_model
 from quantizer import perplexity
@@ -38,8 +37,8 @@ def evaluate(model: VQVAE, images: Images) -> tuple[dict[str, float], list[Tenso
     was_training = model.training
     model.eval()
     device = model.mean.device
-    errors, counts = [], [0] * len(model.levels)
-    for batch in batches(images, chunks(len(images), images.shape[-2:]), device):
+    errors, counts, order = [], [0] * len(model.levels), chunks(len(images), images.shape[-2:])
+    for batch in progress(batches(images, order, device), "measuring", len(order)):
         x = to_pixels(batch, device)
         out = model(x)
         x_recon = out.x_recon.clamp(0, 1)
@@ -102,7 +101,7 @@ def evaluate_jpeg(model: VQVAE, images: Images) -> dict[str, float]:
         raise ValueError(f"--jpeg needs images of at least 11x11 pixels, but these have {width}x{height}; leave it out")
     psnr, ssim, device = [], [], model.mean.device
     order = chunks(len(images), images.shape[-2:])
-    for batch in tqdm(batches(images, order, device), "through JPEG", len(order), disable=None):
+    for batch in progress(batches(images, order, device), "through JPEG", len(order)):
         x = to_pixels(batch, device)
         for pair in zip(x, model(x).x_recon.clamp(0, 1)):
             original, made = map(through_jpeg, pair)

@@ -103,7 +103,8 @@ class VQVAE(nn.Module):
 
     Args:
         channels: C, of the images.
-        image_size: (H, W) of the training images, the default of `decode`; `encode` and `forward` take any size.
+        image_size: (H, W) of the training images, the default of `decode`; `encode` and `forward` take any size, but
+            with scales only those with the same grid of codes.
         codebook_size, code_dim: K and D, of each level.
         width: channels of the convolutions.
         blocks: residual blocks at the resolution of the codes, in each encoder and each decoder.
@@ -138,13 +139,13 @@ class VQVAE(nn.Module):
         if scales is not None and levels > 1:
             raise ValueError("--levels 2 and --scales cannot be combined; leave out one of them")
         self.scales = parse_scales(scales, [length // downsample for length in self._padded(image_size)])
-        self.map_names = [f"scale{i + 1}" for i in range(len(self.scales))] or self.level_names  # of maps of codes
+        self.map_names = [f"scale{i + 1}" for i in range(len(self.scales))] or self.level_names  # of the code maps
         kind = functools.partial(MultiScaleQuantizer, self.scales) if self.scales else VectorQuantizer
         self.register_buffer("mean", torch.as_tensor(mean).expand(channels).reshape(-1, 1, 1).clone())
         self.register_buffer("std", torch.as_tensor(std).expand(channels).reshape(-1, 1, 1).clone())
         self.levels = nn.ModuleList()
         for i in reversed(range(levels)):  # top first; 0 is the bottom
-            channels_above = code_dim if i < levels - 1 else 0  # of the decoder of the level above
+            channels_above = code_dim if i < levels - 1 else 0  # that the decoder of the level above adds
             channels_below, stride = (width, 2) if i else (channels, downsample)
             encoder = Encoder(channels_below, width, blocks, stride)
             to_code = nn.Sequential(nn.SiLU(), nn.Conv2d(width + channels_above, code_dim, 1))
@@ -176,7 +177,7 @@ class VQVAE(nn.Module):
         return indices[0] if self.scales else indices
 
     def decode(self, indices: list[Tensor | None], size: tuple[int, int] | None = None) -> Tensor:
-        """Return the images of codes, in [0, 1], cropped to `size`; by default to `image_size` if it has this grid.
+        """Return the images of codes, in [0, 1], cropped to `size`; default: `image_size` if its grid is this one.
 
         If a level's indices are None, its average code is used. With scales, the first few are enough.
         """
@@ -200,7 +201,7 @@ class VQVAE(nn.Module):
         return [*self.scales[:-1], *grids]
 
     def codebooks(self) -> list[Tensor]:
-        """Return the codebook (K, D) of each level, or of each scale: the same one."""
+        """Return the codebook (K, D) of each level; with scales, that of all, once for each."""
         return [level.quantizer.codebook.detach() for level in self.levels] * (len(self.scales) or 1)
 
     def _encode(self, x):  # z_e and indices of each level; the lower level needs the decoded codes of the upper one

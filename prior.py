@@ -11,6 +11,7 @@ section 3.2; guidance, arXiv 2207.12598, equation 6.
 
 import contextlib
 import itertools
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -186,6 +187,7 @@ def generate(
     guidance: float = 1.0,
     given: Tensor | None = None,
     generator: torch.Generator | None = None,
+    progress: Callable[[Sequence], Iterable] = iter,
 ) -> Tensor:
     """Draw the codes (B, T) of new images, one step after another.
 
@@ -196,6 +198,7 @@ def generate(
         top_p: draw from the likeliest codes whose probabilities add up to this.
         guidance: scale of classifier-free guidance; 0: logits without the class, 1: with it, above 1: beyond.
         given: the first codes (B, t), which are kept.
+        progress: takes the steps and yields them again; it may show how many are done.
 
     Raises:
         ValueError: the temperature is not above 0.
@@ -207,7 +210,7 @@ def generate(
     asked = torch.cat([labels, torch.full_like(labels, prior.classes)]) if guided else labels
     caches, codes = prior.caches(len(asked)), labels.new_empty(batch, 0)
     given = codes if given is None else given
-    for size in prior.step_sizes:
+    for size in progress(prior.step_sizes):
         logits = prior.step(codes.repeat(len(asked) // max(batch, 1), 1), asked, caches).float()
         if guided:
             with_class, without = logits.split(batch)

@@ -29,7 +29,7 @@ class Quantized(NamedTuple):
     """What `VectorQuantizer` returns. The losses are means over all elements, unweighted."""
 
     z_q: Tensor
-    indices: Tensor
+    indices: Tensor  # with scales (scales.py), a list of them
     codebook_loss: Tensor
     commitment_loss: Tensor
 
@@ -154,7 +154,7 @@ class VectorQuantizer(nn.Module):
             )
         if not z_e.is_floating_point():
             raise ValueError(f"z_e is {z_e.dtype} but must be floating point")
-        z = z_e.movedim(1, -1).reshape(-1, self.code_dim).float()
+        z = z_e.movedim(1, -1).reshape(-1, self.code_dim).contiguous().float()  # sums round alike in every layout
         if can_read_values(z) and (bad := z.numel() - int(z.isfinite().sum())):
             raise FloatingPointError(f"{bad} of {z.numel()} values of z_e are NaN or infinite; lower the learning rate")
         return z
@@ -188,7 +188,7 @@ class VectorQuantizer(nn.Module):
         chosen = torch.randperm(len(distinct), device=z.device)[: self.codebook_size - first]
         last = first + len(chosen)
         self.codebook[first:last] = distinct[chosen]
-        self.codebook[last:] = self.codebook[0]  # not chosen in this step: ties go to the lowest code
+        self.codebook[last:] = self.codebook[0]  # ties go to the lowest code, so none of these is chosen yet
         self.started.fill_(last)
         self.all_initialised = last == self.codebook_size
         if self.all_initialised:
@@ -222,7 +222,8 @@ class VectorQuantizer(nn.Module):
             return  # nothing to revive; on a single GPU, asking would wait for it
         z = gather_vectors(z)
 
-        # Equal vectors have equal projections; only the first of equal ones may become a code. `unique` would wait.
+        # Equal vectors have equal projections; only the first of equal ones may become a code. On a GPU, `unique` would
+        # wait.
         projections, order = (z * torch.arange(1, self.code_dim + 1, device=z.device).sqrt()).sum(1).sort()
         distinct = F.pad(projections.diff() != 0, (1, 0), value=True)
         priority = torch.rand(len(z), device=z.device)

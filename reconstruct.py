@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 
 from harness import figures
-from harness.cli import make_parser, number, printable, say, user_errors
+from harness.cli import make_parser, number, printable, progress, say, user_errors
 from harness.data import batches, chunks, dataset_of, first_images, to_pixels, to_uint8
 from harness.folder import Images, read_images, walk
 from harness.machine import check_room, pick_device
@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
-from tqdm import tqdm
 
 from model import VQVAE, level_key, load_model
 
@@ -119,7 +118,8 @@ def reconstruct(
     With `candidates`, `refine` chooses the indices.
     """
     indices, recon = [], []
-    for chunk in same_size_chunks(images):
+    order = list(same_size_chunks(images))
+    for chunk in progress(order, "reconstructing"):
         x = to_pixels(torch.stack([images[i] for i in chunk]), model.mean.device)
         levels = model.encode(x)
         if candidates:
@@ -130,10 +130,11 @@ def reconstruct(
 
 
 @torch.inference_mode()
-def encode(model: VQVAE, images: Tensor) -> list[Tensor]:
+def encode(model: VQVAE, images: Images, what: str = "encoding") -> list[Tensor]:
     """Encode images (N, C, H, W) uint8 in chunks; return the indices (N, h, w) of each level or scale, on the CPU."""
-    order, device = chunks(len(images), images.shape[-2:]), model.mean.device
-    parts = [[level.cpu() for level in model.encode(to_pixels(images[chunk], device))] for chunk in order]
+    order, device, parts = chunks(len(images), images.shape[-2:]), model.mean.device, []
+    for batch in progress(batches(images, order, device), what, len(order)):
+        parts.append([level.cpu() for level in model.encode(to_pixels(batch, device))])
     return [torch.cat(level) for level in zip(*parts)]
 
 
@@ -142,7 +143,7 @@ def render(model: VQVAE, levels: list[Tensor | None], size: Sequence[int] | None
     """Decode indices (N, h, w) in chunks; return images (N, C, H, W) uint8 on the CPU. See `VQVAE.decode`."""
     count = next(len(level) for level in levels if level is not None)
     images = []
-    for chunk in chunks(count, size or model.image_size, most=500):
+    for chunk in progress(chunks(count, size or model.image_size, most=500), "decoding"):
         indices = [None if level is None else level[chunk].to(model.mean.device) for level in levels]
         images.append(to_uint8(model.decode(indices, size)).cpu())
     return torch.cat(images)
@@ -170,7 +171,7 @@ def refine(model: VQVAE, x: Tensor, indices: list[Tensor], candidates: int) -> l
         return error[:, 0, : at.shape[1], : at.shape[2]]
 
     places = [*product(*(range(min(apart, length)) for length in codes.shape[-2:]))]
-    for place in tqdm(places, "refining", leave=False, disable=None):
+    for place in progress(places, "refining"):
         at = codes[:, place[0] :: apart, place[1] :: apart]  # a view: writing to it changes the codes
         distances = torch.cdist(codebook[at].flatten(0, 2), codebook)
         tried = distances.topk(min(candidates, len(codebook)), largest=False).indices[:, 1:].unflatten(0, at.shape)
@@ -211,7 +212,7 @@ def write_reconstructions(
     names = names or [f"{i:05d}" for i in range(len(images))]
     order, indices = chunks(len(images), images.shape[-2:]), []
     stream = batches(images, order, torch.device("cpu"))
-    for chunk, batch in zip(order, tqdm(stream, "writing", len(order), disable=None)):
+    for chunk, batch in zip(order, progress(stream, "writing", len(order))):
         chunk_indices, recon = reconstruct(model, list(batch), candidates)
         write_images(folder / "originals", [names[i] for i in chunk], batch)
         write_images(folder / "reconstructions", [names[i] for i in chunk], recon)
@@ -222,7 +223,7 @@ def write_reconstructions(
 def write_images(folder: Path, names: list[str], images: Iterable[Tensor]):
     """Write NAME.png for each image (C, H, W), uint8 or in [0, 1]."""
     folder.mkdir(exist_ok=True)
-    for name, image in zip(names, images):
+    for name, image in progress(zip(names, images), f"writing to {folder.name}", len(names)):
         image = to_uint8(image) if image.is_floating_point() else image
         to_pil_image(image.cpu()).save(folder / f"{name}.png")  # grey images stay grey
 

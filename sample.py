@@ -2,12 +2,13 @@
 
 import argparse
 import csv
+import functools
 import math
 import sys
 from pathlib import Path
 
 from harness import figures
-from harness.cli import command, make_parser, number, say, user_errors
+from harness.cli import command, make_parser, number, progress, say, user_errors
 from harness.data import chunks
 from harness.folder import read_images
 from harness.machine import check_room, pick_device
@@ -15,7 +16,6 @@ from harness.storage import PRIOR, load_checkpoint, lock_folder, new_folder, wri
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from model import VQVAE, load_model
 from prior import Prior, generate, load_prior
@@ -69,8 +69,8 @@ def class_numbers(wanted: list[str], names: list[str] | None) -> list[int]:
     numbers = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
     for text in wanted:
         if text not in numbers:
-            there = f"there are {', '.join(names)}" if names else "the prior was trained without classes"
-            raise ValueError(f"--classes: there is no class {text}; {there}")
+            known = f"the classes are {', '.join(names)}" if names else "the prior was trained without classes"
+            raise ValueError(f"--classes: there is no class {text}; {known}")
     return [numbers[text] for text in wanted]
 
 
@@ -118,9 +118,11 @@ def draw_codes(
     generator = torch.Generator(device).manual_seed(seed)
     codes = []
     order = chunks(len(labels), model.image_size, most=500)
-    for part in tqdm(order, "drawing", disable=None if len(order) > 1 else True):
+    for part in order:
         kept = None if given is None else given[part].to(device)
-        codes.append(generate(prior, labels[part].to(device), given=kept, generator=generator, **options))
+        what = f"drawing {part[0] + 1:,} to {part[-1] + 1:,} of {len(labels):,}, codes"
+        options |= {"given": kept, "generator": generator, "progress": functools.partial(progress, what=what)}
+        codes.append(generate(prior, labels[part].to(device), **options))
     prior.train(was_training)
     levels = torch.cat(codes).split(prior.sizes, 1)
     return [level.unflatten(1, grid) for level, grid in zip(levels, prior.grids)]
@@ -140,15 +142,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     positive, above_zero = number(int, 1, 2**31), number(float, 0, above=True)
     parser.add_argument("--run", default="results", help="folder of the run")
     parser.add_argument("--num", type=positive, help="total number of images; default: 10 per class")
-    help = """names or numbers, such as cats,dogs or 3,7 or 'cats,"salt, pepper"'; default: all"""
-    parser.add_argument("--classes", type=split_names, help=help)
+    classes = """names or numbers, such as cats,dogs or 3,7 or 'cats,"salt, pepper"'; default: all"""
+    parser.add_argument("--classes", type=split_names, help=classes)
     parser.add_argument("--temperature", type=above_zero, default=TEMPERATURE, help="below 1, likelier codes")
     parser.add_argument("--top-k", type=number(int, 0, 2**31), default=0, help="likeliest codes to draw from; 0: all")
-    parser.add_argument("--top-p", type=above_zero, default=TOP_P, help="total probability of the codes drawn from")
-    parser.add_argument("--guidance", type=number(float, 0, 100), default=GUIDANCE, help="above 1: more typical")
+    top_p = "nucleus sampling: draw from the likeliest codes with this probability in total"
+    parser.add_argument("--top-p", type=above_zero, default=TOP_P, help=top_p)
+    guidance = "scale of classifier-free guidance; above 1, more typical of the class"
+    parser.add_argument("--guidance", type=number(float, 0, 100), default=GUIDANCE, help=guidance)
     parser.add_argument("--seed", type=number(int, 0, 2**63), default=0, help="the same seed draws the same images")
     parser.add_argument("--complete", nargs="+", metavar="FILE", help="images to complete from their first codes")
-    parser.add_argument("--keep", type=number(float, 0, 1), default=0.5, help="share of codes that --complete keeps")
+    keep = "share of codes that --complete keeps; with scales, rounded down to whole ones"
+    parser.add_argument("--keep", type=number(float, 0, 1), default=0.5, help=keep)
     parser.add_argument("--out", metavar="DIR", help="also write each image as a separate file to this new folder")
     args = parser.parse_args(argv)
     if args.complete and (args.classes or args.num):
@@ -168,9 +173,10 @@ def main(args: argparse.Namespace):
         with lock_folder(writable_folder(args.run)), new_folder(args.out) as out:
             if args.complete:
                 rows, images, title = complete(args, model, prior, checkpoint, options)
-                path, row_names = Path(args.run, "completed.png"), ()
+                pictures = {"completed.png": (rows, title)}
             else:
-                size = (args.num or 0) * (8 + model.channels * math.prod(model.image_size))  # labels and pixels
+                pixels = model.channels * math.prod(model.image_size)
+                size = (args.num or 0) * (8 + 8 * prior.length + pixels)  # bytes of labels, codes and pixels
                 check_room(size, f"--num {args.num}", "draw fewer at a time")
                 labels = labels_of(prior, args.num, class_numbers(args.classes, names) if args.classes else None)
                 levels = draw_codes(model, prior, labels, **options)
@@ -178,26 +184,28 @@ def main(args: argparse.Namespace):
                 shown = list(dict.fromkeys(labels.tolist()))
                 rows = [images[labels == label] for label in shown] if prior.classes else images.split(IMAGES_PER_CLASS)
                 row_names = [names[label] for label in shown] if prior.classes and names else ()
-                path, title = Path(args.run, "samples.png"), "samples" + ", a row per class" * (prior.classes > 0)
+                title = "samples" + ", a row per class" * (prior.classes > 0)
+                pictures = {"samples.png": (rows, title, row_names)}
                 if model.scales:
-                    save_scales(Path(args.run, "samples_by_scale.png"), model, levels)
+                    pictures["samples_by_scale.png"] = samples_by_scale(model, levels)
             if out:
                 write_images(out, [f"{i:05d}" for i in range(len(images))], images)
-            drawn = figures.save_samples(path, rows, title, row_names)
+            drawn = [figures.save_samples(Path(args.run, name), *picture) for name, picture in pictures.items()]
     if args.out:
         say(f"wrote {len(images):,} images to {args.out}")
-    if not drawn:
+    if not all(drawn):
         sys.exit(1)
-    shown, count = sum(len(row[: figures.SAMPLES]) for row in rows[: figures.SAMPLES]), sum(map(len, rows))
-    say(f"wrote {path}" + (f", with {shown} of {count:,} images" if shown < count else ""))
+    for name, (rows, *_) in pictures.items():
+        shown, count = sum(len(row[: figures.SAMPLES]) for row in rows[: figures.SAMPLES]), sum(map(len, rows))
+        say(f"wrote {Path(args.run, name)}" + (f", with {shown} of {count:,} images" if shown < count else ""))
 
 
-def save_scales(path: Path, model: VQVAE, levels: list[Tensor]):
-    """Draw some of the samples, spread over the classes, decoded up to each scale."""
+def samples_by_scale(model: VQVAE, levels: list[Tensor]) -> tuple[list[Tensor], str, list[str]]:
+    """Return some of the samples, spread over the classes, decoded up to each scale: rows, a title and their names."""
     some = torch.linspace(0, len(levels[0]) - 1, min(IMAGES_PER_CLASS, len(levels[0]))).long()
     views = figures.views(model, [codes[some] for codes in levels])
     rows = [render(model, indices) for indices in views.values()]
-    figures.save_samples(path, rows, "the same samples, coarse to fine", list(views))
+    return rows, "the same samples, coarse to fine", list(views)
 
 
 def complete(

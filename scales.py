@@ -107,15 +107,20 @@ class MultiScaleQuantizer(VectorQuantizer):
     def residuals(self, z_e: Tensor) -> Tensor:
         """Return the vectors that the codes replace, each scale's d_s side by side: (B, D, T) float32."""
         if (size := z_e.shape[2:]) != self.scales[-1]:
-            raise ValueError(f"z_e has {format_sizes([size])} vectors, but the scales are {format_sizes(self.scales)}")
+            raise ValueError(
+                f"z_e has {format_sizes([size])} vectors, but the scales are {format_sizes(self.scales)}; give images "
+                "of the size that the model was trained on"
+            )
         # Until the codebook is initialised, every vector is its own code, so that k-means sees realistic residuals.
         starting = self.training and not self.all_initialised and int(self.started) < self.codebook_size
         residual, residuals = z_e.float(), []
         for scale, size in enumerate(self.scales):
             residuals.append(downscale(residual, size))
             if size != self.scales[-1]:
-                codes = residuals[-1].detach() if starting else self._codes(super().encode(residuals[-1]))
-                residual = residual - self._upscale(scale, codes).detach()
+                with torch.no_grad():
+                    codes = residuals[-1] if starting else self._codes(super().encode(residuals[-1]))
+                    upscaled = self._upscale(scale, codes)
+                residual = residual - upscaled
         return torch.cat([part.movedim(1, -1).flatten(1, 2) for part in residuals], 1).movedim(-1, 1)
 
     def _codes(self, indices):

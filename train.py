@@ -27,7 +27,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser("Train a VQ-VAE; write pictures, metrics and a checkpoint to a folder.")
     switch, positive = argparse.BooleanOptionalAction, number(int, 1, 2**31)
     rate, share = number(float, 0, 1e30), number(float, 0, 1)
-    parser.add_argument("--out-dir", default="results", help="folder for all output; an earlier run in it is kept")
+    parser.add_argument("--out-dir", default="results", help="folder for all output; a finished run in it is kept")
     add_data_flags(parser)
 
     group = parser.add_argument_group("model")
@@ -36,22 +36,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--width", type=positive, default=64, help="channels of the convolutions")
     group.add_argument("--blocks", type=number(int, 1, 1000), default=2, help="residual blocks in encoder and decoder")
     group.add_argument("--levels", type=int, choices=(1, 2), default=1, help="levels of codes; 2: VQ-VAE-2")
-    group.add_argument("--scales", help="maps of codes from coarse to fine, such as 1,2,4,7; auto: powers of two")
-    per_code = "pixels per code in each direction; default: 4 for images up to 64 pixels or with 2 levels, else 8"
-    group.add_argument("--downsample", type=int, choices=(2, 4, 8, 16, 32), help=per_code)
+    group.add_argument("--scales", help="sizes of the code maps, coarse to fine, such as 1,2,4,7; auto: powers of two")
+    downsample = "pixels per code in each direction; default: 4 for images up to 64 pixels or with 2 levels, else 8"
+    group.add_argument("--downsample", type=int, choices=(2, 4, 8, 16, 32), help=downsample)
 
     group = parser.add_argument_group("codebook")
     group.add_argument("--beta", type=rate, default=1.0, help="weight of the commitment loss")
     group.add_argument("--ema", action=switch, default=False, help="update the codes by EMA, not by a loss")
-    group.add_argument("--decay", type=share, default=0.99, help="EMA decay, of code counts and with --ema of codes")
+    decay = "EMA decay of the code counts, and with --ema of the codes"
+    group.add_argument("--decay", type=share, default=0.99, help=decay)
     group.add_argument("--kmeans-start", action=switch, default=True, help="initialise the codes by k-means")
-    revive = "revive codes used less than this share of the mean; 0: none"
+    revive = "revive codes used less often than this share of the mean count; 0: off"
     group.add_argument("--revive-below", type=share, default=0.03, help=revive)
 
     group = parser.add_argument_group("optimization")
     group.add_argument("--lr", type=rate, help="peak learning rate of encoder and decoder; default: 0.3 / sqrt(steps)")
-    of_codes = "peak learning rate of the codes; default: 0.04, or 0.01 with two levels"
-    group.add_argument("--codebook-lr", type=rate, help=of_codes)
+    codebook_lr = "peak learning rate of the codes; default: 0.04, or 0.01 with two levels"
+    group.add_argument("--codebook-lr", type=rate, help=codebook_lr)
     add_run_flags(parser, steps=7500, batch_size=48)
     return parse_run_args(parser, argv, CHECKPOINT)
 
@@ -61,8 +62,7 @@ def main(args: argparse.Namespace):
     with user_errors():
         run = Run(args, CHECKPOINT)
         data = load_training_data(args, run.checkpoint)
-        identity = data.identity()
-        image_shape = identity["image_shape"]  # (C, H, W)
+        image_shape = data.train_images.shape[1:]  # (C, H, W)
         if args.downsample is None:
             args.downsample = 4 if args.levels > 1 or max(image_shape) <= 64 else 8
         if args.lr is None:  # Muon's updates all have the same size, so more steps need smaller ones
@@ -71,7 +71,7 @@ def main(args: argparse.Namespace):
             args.codebook_lr = 0.04 if args.levels == 1 else 0.01
         check_memory(lambda: build_model(vars(args), image_shape), run.device)
         test_images = first_images(data.test_images, CURVE_IMAGES)
-        run.begin(len(data.train_images), f"images of {data.name}", **identity)
+        run.begin(len(data.train_images), f"images of {data.name}", **data.identity())
         if run.rank == 0:
             data.write_listing(run.folder)
 

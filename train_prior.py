@@ -1,7 +1,7 @@
 """Train a prior over the codes of a trained VQ-VAE; sample.py draws new images from it: `python train_prior.py`.
 
 The VQ-VAE is frozen, and its training images are encoded once. The reported loss is the cross-entropy per code, in
-nats, given the codes before it.
+nats, given the codes drawn before it.
 
 Source: prior over the codes, arXiv 1711.00937, section 3.3; scale by scale, arXiv 2404.02905, section 3.2.
 """
@@ -12,8 +12,8 @@ import math
 from pathlib import Path
 
 from harness import figures
-from harness.cli import command, make_parser, number, say, user_errors
-from harness.data import Dataset, batches, chunks, dataset_of, to_pixels
+from harness.cli import command, make_parser, number, progress, say, user_errors
+from harness.data import Dataset, dataset_of
 from harness.machine import check_memory, from_rank_0
 from harness.run import Means, Run, add_run_flags, parse_run_args
 from harness.storage import PRIOR, Damaged, load_checkpoint, read_state, write_state
@@ -22,11 +22,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from model import VQVAE, load_model
 from muon import Muon
 from prior import Prior, attention_kernel, build_prior, load_prior
+from reconstruct import encode
 from sample import sample, trained_on
 
 HELD_OUT_SHARE = 0.05  # share of the training images held out to choose the best prior
@@ -92,7 +92,7 @@ def main(args: argparse.Namespace):
         forward = run.parallel(prior)
 
     with run:
-        if run.unreported:  # the process died between a checkpoint and its report
+        if run.unreported:  # the process was killed between a checkpoint and its report
             report(run, model, prior, best, means, codes)
 
         for step, batch in run.steps(train):
@@ -181,13 +181,9 @@ def encode_dataset(data: Dataset, model: VQVAE, vqvae: dict) -> dict:
         ("train", data.train_images, data.train_labels),
         ("test", data.test_images, data.test_labels),
     ):
-        order = chunks(len(images), images.shape[-2:])
-        rows = []
-        for batch in tqdm(batches(images, order, model.mean.device), f"encoding {split}", len(order), disable=None):
-            indices = model.encode(to_pixels(batch, model.mean.device))
-            rows.append(torch.cat([level.flatten(1) for level in indices], 1).cpu())
+        indices = encode(model, images, f"encoding {split}")
         labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
-        codes[split] = torch.cat([labels[:, None], torch.cat(rows)], 1)
+        codes[split] = torch.cat([labels[:, None], *(level.flatten(1) for level in indices)], 1)
     return codes | {"grids": model.grids(model.image_size)}
 
 
@@ -226,7 +222,7 @@ def nats(prior: Prior, rows: Tensor, any_class: bool = False) -> float:
     was_training = prior.training
     prior.eval()
     total = 0.0
-    for batch in rows.to(prior.level_at.device).split(50):
+    for batch in progress(rows.to(prior.level_at.device).split(50), "measuring the prior"):
         labels, codes = batch[:, 0], batch[:, 1:]
         logits = prior(codes, torch.full_like(labels, prior.classes) if any_class else labels)
         total += F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="sum").item()

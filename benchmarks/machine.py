@@ -32,7 +32,11 @@ def heading(*more: str, threads: str = "2 threads") -> str:
 def write_json(path: Path, machine: str, args: argparse.Namespace, measured):
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"machine": machine, "arguments": vars(args), "measured": measured}
-    path.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    path.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def read_json(path: str | Path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def run(script: str, *flags) -> dict:
@@ -48,7 +52,7 @@ def train(*flags) -> dict:
     """Return what the summary of a whole run of train.py says, its arguments aside, and its peak memory, in GB."""
     with tempfile.TemporaryDirectory() as folder:
         memory = run("train.py", "--out-dir", folder, *flags)
-        summary = json.loads(Path(folder, "summary.json").read_text())
+        summary = read_json(f"{folder}/summary.json")
         del summary["arguments"]
         return summary | memory
 
@@ -57,7 +61,7 @@ def peak_memory() -> int:
     """Return the most memory that this process has held, in bytes."""
     status = Path("/proc/self/status")
     if status.is_file():  # getrusage would also count the memory of the parent process
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+        return int(status.read_text(encoding="utf-8").split("VmHWM:")[1].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 

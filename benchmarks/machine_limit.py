@@ -15,7 +15,6 @@ threads.
 
 import argparse
 import contextlib
-import json
 import os
 import statistics
 import tempfile
@@ -24,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import patch
 
-from machine import heading, median_seconds, write_json
+from machine import heading, median_seconds, read_json, write_json
 
 from harness.cli import number, user_errors
 from harness.machine import pick_device
@@ -76,7 +75,7 @@ def run(args: argparse.Namespace, steps: int, in_step: Callable, *flags) -> floa
     with tempfile.TemporaryDirectory() as folder, patch.object(Run, "steps", steps_in_context):
         where = ["--dataset", "mnist", "--data-dir", args.data_dir, "--out-dir", folder, "--device", "cpu"]
         train.main(train.parse_args([*where, "--steps", str(steps), *flags]))
-        return json.loads(Path(folder, "summary.json").read_text())["seconds"]
+        return read_json(f"{folder}/summary.json")["seconds"]
 
 
 def timed(args: argparse.Namespace, steps: int, *flags) -> dict[str, float]:

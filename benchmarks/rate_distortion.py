@@ -11,10 +11,9 @@ reached.
 """
 
 import argparse
-import json
 from pathlib import Path
 
-from machine import heading, run, write_json
+from machine import heading, read_json, run, write_json
 
 from matplotlib.figure import Figure
 
@@ -25,7 +24,7 @@ def measure(folder: Path, size: int, args: argparse.Namespace) -> dict:
     data = ["--dataset", "mnist", "--data-dir", args.data_dir]
     run("train.py", "--out-dir", folder, *data, "--codebook-size", size, "--steps", args.steps)
     run("train_prior.py", "--run", folder, "--steps", args.prior_steps)
-    vqvae, prior = (json.loads((folder / name).read_text()) for name in ("summary.json", "prior_summary.json"))
+    vqvae, prior = (read_json(folder / name) for name in ("summary.json", "prior_summary.json"))
     row = {"codebook_size": size, "mse": vqvae["test_mse"], "psnr": vqvae["test_psnr"]}
     return row | {"nats_per_code": prior["test_nats_per_code"], "nats": prior["test_nats_per_image"]}
 

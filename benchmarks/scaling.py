@@ -5,8 +5,8 @@ It also shows what several processes cost on cores that one process could use al
 
 Each point is a run of train.py on scikit-learn's digits, on the CPU, in two threads; on the last axis, the processes
 share them. Microseconds per image are the median over intervals 8 to 12 of the log's 14: by then, codes are being
-revived. Points are measured in turns; each gets the median of its repeats. Defaults: K = 512, batches of 32, 28x28, one
-process.
+revived. Points are measured in turns; each gets the median of its repeats. The other axes stay at K = 512, batches of
+32, 28x28 pixels and one process.
 """
 
 import argparse

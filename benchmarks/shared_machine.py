@@ -33,11 +33,12 @@ def images_per_second(spin_count: str, threads: int, args: argparse.Namespace) -
         times, began = [], time.perf_counter()
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
             for line in process.stdout:
-                times += [time.perf_counter()] if line.startswith("step ") else []
-                if time.perf_counter() - began > args.seconds:
+                now = time.perf_counter()
+                times += [now] if line.startswith("step ") and now - began > WARM_UP else []
+                if now - began > args.seconds and len(times) > 1:
                     break
             process.kill()
-    return EVERY * BATCH_SIZE * sum(at - began > WARM_UP for at in times) / (args.seconds - WARM_UP)
+    return EVERY * BATCH_SIZE * (len(times) - 1) / (times[-1] - times[0])
 
 
 def main():

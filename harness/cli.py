@@ -1,4 +1,4 @@
-"""The command line: types of flags, output that never stops a run, one-line error messages."""
+"""The command line: types of flags, output that never stops a run, progress, one-line error messages."""
 
 import argparse
 import contextlib
@@ -6,10 +6,15 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from harness.machine import lost_rank, out_of_memory
+
+from tqdm import tqdm
+
+SILENCE = 2, 30  # seconds until work in progress shows something, and without a terminal between its lines
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -88,6 +93,17 @@ def drop_output(error: bool):
         sys.stderr = nowhere
     else:
         sys.stdout = nowhere
+
+
+def progress(items: Iterable, what: str, count: int | None = None) -> Iterator:
+    """Yield the items; if this takes long, show a progress bar or, without a terminal, lines."""
+    count, due = len(items) if count is None else count, time.monotonic() + SILENCE[0]
+    bar = tqdm(items, what, count, leave=False, delay=SILENCE[0], disable=None)
+    for done, item in enumerate(bar, 1):
+        yield item
+        if bar.disable and done < count and time.monotonic() > due:
+            say(f"{what}: {done:,} of {count:,}", error=True)
+            due = time.monotonic() + SILENCE[1]
 
 
 @contextlib.contextmanager

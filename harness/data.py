@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from harness.cli import check_values, number, printable, say
 from harness.folder import ImageFiles, Images, count_pixels, load_folder, resize_and_crop
-from harness.machine import check_room, cpu_count, from_rank_0, world_size
+from harness.machine import check_equal_on_ranks, check_room, cpu_count, from_rank_0, out_of_memory, rank, world_size
 from harness.storage import IMAGE_CACHE, read_text, write_whole
 
 import filelock
@@ -129,8 +129,8 @@ def load_training_data(args: argparse.Namespace, checkpoint: dict | None = None)
     Args:
         checkpoint: of the run to resume; with --resume its images must be the same.
     """
-    leads, memory_limit = world_size() == 1 or torch.distributed.get_rank() == 0, args.memory_limit
-    if not leads:
+    memory_limit = args.memory_limit
+    if rank() > 0:
         args.dataset, in_memory = from_rank_0()
         memory_limit = math.inf if in_memory else 0
     options = (args.image_size, args.background, memory_limit, args.skip_bad_images, Path(args.out_dir, IMAGE_CACHE))
@@ -153,10 +153,11 @@ def load_training_data(args: argparse.Namespace, checkpoint: dict | None = None)
         data = load_dataset("digits", image_size=args.image_size)
     if args.dataset == "auto":
         args.dataset = data.name
-    if leads:
+    if rank() == 0:
         from_rank_0((args.dataset, isinstance(data.train_images, Tensor)))
     if checkpoint and args.resume is not None:
         check_same(data, checkpoint, args.out_dir)
+    check_equal_on_ranks([data.digest, *data.mean.tolist(), *data.std.tolist()], "images")
     return data
 
 
@@ -188,11 +189,11 @@ def load_dataset(
     if name not in NAMES:
         if not Path(name).is_dir():
             raise ValueError(f"--dataset {name} is neither a folder nor one of {', '.join(NAMES)}")
-        found = load_folder(Path(name), image_size, background, memory_limit, skip_bad_images, cache)
-        digest = hashlib.sha256("\n".join([str(len(found.train_images)), *found.files]).encode()).hexdigest()
-        splits = found.train_images, found.train_labels, found.test_images, found.test_labels
+        folder = load_folder(Path(name), image_size, background, memory_limit, skip_bad_images, cache)
+        train, test, class_names, counts, files = folder
+        digest = hashlib.sha256("\n".join([str(len(train[0])), *files]).encode()).hexdigest()
         shown = printable(Path(name).as_posix())
-        return Dataset(shown, *splits, *channel_stats(found.counts), found.class_names, digest, found.files)
+        return Dataset(shown, *train, *test, *channel_stats(counts), class_names, digest, files)
     train, test, class_names = digits() if name == "digits" else torchvision_splits(name, data_dir, download)
     if image_size is not None:
         size = (len(train[0]) + len(test[0])) * train[0].shape[1] * image_size**2
@@ -255,6 +256,10 @@ def torchvision_splits(name: str, data_dir: str | Path, download: bool) -> tuple
     """Return the images and labels for training, those for testing, and the names of the classes."""
     source = datasets.CIFAR10 if name == "cifar10" else IDX[name]
     whole = all(path.is_file() and intact(path) for path, _, intact in known_files(source, Path(data_dir)))
+    if name in IDX:
+        old = Path(data_dir, source.__name__, "processed")
+        if all((old / file).is_file() for file in (source.training_file, source.test_file)):
+            raise ValueError(f"{old}, of an old torchvision, would be read in place of raw/, unchecked; delete it")
     with contextlib.ExitStack() as stack:
         stack.callback(socket.setdefaulttimeout, socket.getdefaulttimeout())
         socket.setdefaulttimeout(30)
@@ -399,7 +404,13 @@ def batches(images: Images, order: Iterable[Tensor], device: torch.device) -> Ge
         try:
             for batch in workers:
                 yield batch.to(device, non_blocking=True)
-        except (ValueError, OSError, RuntimeError) as error:  # holds a worker's traceback, or says that it died
+        except (
+            ValueError,
+            OSError,
+            RuntimeError,
+        ) as error:  # a worker's traceback, or that it died
+            if out_of_memory(error):
+                raise
             raise OSError(re.sub("^(ValueError|OSError): ", "", str(error).splitlines()[-1])) from error
         finally:
             workers._shutdown_workers()  # an error's traceback would keep them alive
@@ -437,5 +448,5 @@ def random_flip(x: Tensor, batch: int, seed: int, step: int) -> Tensor:
         batch: the global batch size.
     """
     mirrored = torch.from_numpy(np.random.default_rng((seed, step, 1)).random(batch) < 0.5)
-    mirrored = mirrored.tensor_split(world_size())[torch.distributed.get_rank() if world_size() > 1 else 0]
+    mirrored = mirrored.tensor_split(world_size())[rank()]
     return torch.where(mirrored.to(x.device, non_blocking=True)[:, None, None, None], x.flip(-1), x)

@@ -211,9 +211,12 @@ def save_codebooks(path: Path, model: nn.Module, images: Tensor, counts: list[Te
     The vectors are the encoder's outputs, or with scales their residuals. All are projected onto the two directions in
     which the vectors vary most (PCA).
     """
+    was_training = model.training
+    model.eval()
     z_e = model.z_e(to_pixels(images[chunks(len(images), images.shape[-2:])[0]], model.mean.device))
     if model.scales:
         z_e = [model.levels[0].quantizer.residuals(z_e[0])]
+    model.train(was_training)
     codebooks = [level.quantizer.codebook.detach() for level in model.levels]
     names = [f"{name} " * bool(name) for name in model.level_names]
     height = 6 * len(names)  # inches
@@ -234,14 +237,15 @@ def draw_codebook(plane: Axes, histogram: Axes, name: str, codebook: Tensor, cou
         z_e, codebook = (np.pad(v, ((0, 0), (0, 1))) for v in (z_e, codebook))
     if len(z_e) == 1:  # and two vectors
         z_e = np.concatenate([z_e, codebook])
-    pca = PCA(2, random_state=0).fit(z_e)
+    with np.errstate(invalid="ignore"):  # if all vectors are equal, they have no variance to share
+        pca = PCA(2, random_state=0).fit(z_e)
     plane.scatter(*pca.transform(z_e).T, s=3, color="0.75", label="vectors", rasterized=True)
     points = pca.transform(codebook)
     area = 6 + 30 * counts / max(counts.mean(), 1e-9)
     plane.scatter(*points[used].T, s=area[used], alpha=0.7, edgecolor="black", lw=0.4, label="codes, area by use")
     if (~used).any():
         plane.scatter(*points[~used].T, s=14, marker="x", color="tab:red", zorder=3, label="unused codes")
-    share = pca.explained_variance_ratio_.sum()
+    share = np.nan_to_num(pca.explained_variance_ratio_).sum()
     plane.set(title=f"{name}codes among the vectors they replace (PCA, {share:.0%} of variance)", xticks=[], yticks=[])
     for mark in plane.legend().legend_handles:
         mark.set_sizes([20])

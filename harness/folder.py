@@ -18,11 +18,19 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
-from harness.cli import abbreviate, printable, say
-from harness.machine import free_memory, out_of_memory
-from harness.storage import is_ours, is_run_file, is_run_folder, move_aside, read_state, write_state
+from harness.cli import abbreviate, printable, progress, say
+from harness.machine import free_memory, out_of_memory, rank
+from harness.storage import (
+    add_path_to_errors,
+    is_ours,
+    is_run_file,
+    is_run_folder,
+    locked_by_other,
+    move_aside,
+    read_state,
+    write_state,
+)
 
 import numpy as np
 import PIL
@@ -30,7 +38,6 @@ import torch
 from PIL import ExifTags, Image, ImageColor, ImageOps
 from torch import Tensor
 from torchvision.transforms.functional import center_crop, get_dimensions, pil_to_tensor, resize
-from tqdm import tqdm
 
 logging.getLogger("PIL").setLevel(logging.CRITICAL)  # we report bad files in our own words
 AHEAD = 16  # images decoded ahead of the one that is asked for
@@ -57,7 +64,7 @@ class ImageFiles(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> Tensor:
         path = self.paths[index]
         try:
-            with pillow_warnings():
+            with pillow_warnings(), add_path_to_errors(path):
                 image = decode(path, self.shape[1], self.image_size, self.background)
         except Exception as error:
             if is_fault_of_machine(error):
@@ -71,18 +78,6 @@ class ImageFiles(torch.utils.data.Dataset):
 Images = Tensor | ImageFiles
 
 
-class Folder(NamedTuple):
-    """What `load_folder` returns; labels and class names are None if there are no class folders."""
-
-    train_images: Images
-    train_labels: Tensor | None
-    test_images: Images
-    test_labels: Tensor | None
-    class_names: list[str] | None
-    counts: Tensor  # `count_pixels` of the training images
-    files: list[str]  # "name digest" of each image, in order; the digest is that of the file's content
-
-
 def load_folder(
     folder: Path,
     image_size: int | None = None,
@@ -90,13 +85,17 @@ def load_folder(
     memory_limit: float | None = None,
     skip_bad_images: bool = False,
     cache: Path | None = None,
-) -> Folder:
+) -> tuple:
     """Load a folder of images, which may have train/ and test/, and in them a folder per class.
 
     Without test/, a fixed 10% of the images is held out as the test set. Folders of runs inside it are skipped.
 
     Args:
         See `data.load_dataset`.
+
+    Returns:
+        the images and labels for training, those for testing, the names of the classes, `count_pixels` of the training
+        images, and "name digest" of each file. Labels and names are None if there are no class folders.
 
     Raises:
         ValueError: there are no images, or some cannot be decoded, or they differ in size.
@@ -117,7 +116,7 @@ def load_folder(
             f"{printable(folder)} holds {len(good)} good images, {n_train} of them to train on; both sets need some"
         )
     if bad:
-        say(f"left out {len(bad)} images that cannot be decoded: {abbreviate(bad)}", error=True)
+        warn(f"left out {len(bad)} images that cannot be decoded: {abbreviate(bad)}")
 
     if decoded["images"] is None:
         split = [[files[i] for i in part] for part in (good[:n_train], good[n_train:])]
@@ -127,7 +126,12 @@ def load_folder(
     names = [printable(files[i].relative_to(folder).as_posix()) for i in good]
     listing = [f"{name} {digest}" for name, digest in zip(names, decoded["digests"])]
     train_labels, test_labels = (None, None) if labels is None else labels[good].tensor_split([n_train])
-    return Folder(train, train_labels, test, test_labels, class_names, decoded["counts"], listing)
+    return (train, train_labels), (test, test_labels), class_names, decoded["counts"], listing
+
+
+def warn(text: str):
+    if rank() == 0:
+        say(text, error=True)
 
 
 # Which files
@@ -141,7 +145,7 @@ def list_images(folder: Path) -> tuple[list[Path], int, list[str] | None, Tensor
     if separate and train_root == folder:
         raise ValueError(f"{folder} has a folder test/ but no train/; move its other images to {folder / 'train'}")
     if train_root != folder and (others := left_out(folder)):
-        say(f"{printable(folder)} has a folder train/, so {abbreviate(others)} beside it are left out", error=True)
+        warn(f"{printable(folder)} has a folder train/, so {abbreviate(others)} beside it are left out")
     test = walk(test_root)
     # Shuffled, so that the first test images, which the figures show, come from all classes.
     test = [test[i] for i in np.random.default_rng(0).permutation(len(test))]
@@ -152,7 +156,7 @@ def list_images(folder: Path) -> tuple[list[Path], int, list[str] | None, Tensor
     loose = [path for path, part in zip(train + test, inside) if len(part.parts) == 1]
     if loose:
         if len(loose) < len(inside):
-            say(f"no classes: {len(loose)} images are not in a class folder, such as {printable(loose[0])}", error=True)
+            warn(f"no classes: {len(loose)} images are not in a class folder, such as {printable(loose[0])}")
         return train + test, len(train), None, None
     classes = sorted({path.parts[0] for path in inside})
     number = {name: i for i, name in enumerate(classes)}
@@ -190,7 +194,7 @@ def walk(root: Path) -> list[Path]:
                 found = f"{len(others)} images that it did not write, such as {printable(min(others).name)}"
                 raise ValueError(f"{printable(parent)} is the folder of a run, but holds {found}; move them")
             if parent != root:
-                say(f"left out {printable(parent)}, the folder of a run", error=True)
+                warn(f"left out {printable(parent)}, the folder of a run")
             folders.clear()
             continue
         images += paths
@@ -240,7 +244,9 @@ def decode_folder(
         return kept
 
     with pillow_warnings():
-        headers = dict(enumerate(try_each(lambda path: read_header(path, background), files, "reading sizes")))
+        headers = dict(
+            enumerate(try_each(lambda path: read_header(path, background), files, "reading the sizes of the images"))
+        )
         bad = {i: header for i, header in headers.items() if isinstance(header, str)}
         good = {i: header for i, header in headers.items() if i not in bad}
         shape = common_shape(files, good, bad, image_size, background)
@@ -257,7 +263,7 @@ def decode_folder(
         images = torch.empty(len(files) if keep else 0, *shape, dtype=torch.uint8)
         counts, digests = torch.zeros(shape[0], 256, dtype=torch.int64), []
         candidates = [i for i in range(len(files)) if i not in bad]
-        for i, result in zip(candidates, try_each(measure, [files[i] for i in candidates], "decoding")):
+        for i, result in zip(candidates, try_each(measure, [files[i] for i in candidates], "decoding images")):
             if isinstance(result, str):
                 bad[i] = result
                 continue
@@ -270,13 +276,14 @@ def decode_folder(
 
     images = images[: len(digests)] if keep else None
     decoded = {"images": images, "shape": shape, "bad": bad, "counts": counts, "digests": digests, "key": key}
-    if cache and not bad:  # with bad files, the next run tries again
+    # With bad files, the next run tries again. Only the process that has locked a run's folder writes to it.
+    if cache and not bad and not locked_by_other(cache.parent):
         try:
             if cache.exists() and not is_ours(cache):
                 move_aside(cache.parent, (cache.name,), "another program wrote it", what=cache.name)
             write_state(cache, decoded)
         except OSError as error:
-            say(f"cannot keep the decoded images for the next run ({error})", error=True)
+            warn(f"cannot keep the decoded images for the next run ({error})")
     return decoded
 
 
@@ -310,20 +317,18 @@ def try_each(function: Callable, paths: list[Path], what: str) -> Iterator:
 
     def attempt(path):
         try:
-            return function(path)
+            with add_path_to_errors(path):
+                return function(path)
         except Exception as error:  # damaged files surface as almost any exception
             if is_fault_of_machine(error):
                 raise
             return reason_of(error)
 
-    with ThreadPoolExecutor() as pool, tqdm(total=len(paths), desc=what, unit=" images", disable=None) as bar:
-        waiting = deque()  # kept short: results wait in memory for their turn
-        for path in [*paths, *[None] * AHEAD]:
-            if path is not None:
-                waiting.append(pool.submit(attempt, path))
-            if waiting and (path is None or len(waiting) > AHEAD):
-                bar.update()
-                yield waiting.popleft().result()
+    with ThreadPoolExecutor() as pool:
+        waiting = deque(pool.submit(attempt, path) for path in paths[:AHEAD])  # results wait in memory for their turn
+        for i in progress(range(len(paths)), what):
+            waiting.extend(pool.submit(attempt, path) for path in paths[i + AHEAD :][:1])
+            yield waiting.popleft().result()
 
 
 def common_shape(
@@ -339,9 +344,7 @@ def common_shape(
     sizes = Counter((height, width) for height, width, _ in headers.values())
     height, width = sizes.most_common(1)[0][0]
     odd = [i for i, header in headers.items() if header[:2] != (height, width)]
-    again = try_each(
-        lambda path: decode(path, channels, None, background), [files[i] for i in odd], "reading odd sizes"
-    )
+    again = try_each(lambda path: decode(path, channels, None, background), [files[i] for i in odd], "decoding again")
     bad |= {i: result for i, result in zip(odd, again) if isinstance(result, str)}
     sizes = Counter(header[:2] for i, header in headers.items() if i not in bad)
     if len(sizes) > 1:
@@ -464,12 +467,13 @@ def read_images(
     """
     images, resized = [], 0
     with pillow_warnings():
-        for path in paths:
+        for path in progress(paths, "reading images"):
             try:
                 if is_special(path):
                     raise ValueError("it is a folder or a pipe, not a file")
-                resized += size is not None and read_header(path, background)[:2] != size
-                image = decode(path, channels, size, background)
+                with add_path_to_errors(path):
+                    resized += size is not None and read_header(path, background)[:2] != size
+                    image = decode(path, channels, size, background)
             except FileNotFoundError:
                 raise ValueError(f"{printable(path)} does not exist") from None
             except Exception as error:  # damaged files surface as almost any exception

@@ -72,14 +72,15 @@ def container_limit() -> float:
 
 def free_memory() -> float:
     """Return the bytes of memory that can still be used."""
-    return min(psutil.virtual_memory().available, container_limit())
+    used = psutil.Process().memory_info().rss  # others in the container are not seen
+    return max(0, min(psutil.virtual_memory().available, container_limit() - used))
 
 
 def check_memory(make_model: Callable[[], nn.Module], device: torch.device):
-    """Raise ValueError if a model's weights, gradients and two moments per weight exceed the memory."""
+    """Raise ValueError if a model's weights, their gradients and one moment per weight exceed the memory."""
     try:
         with torch.device("meta"):  # shapes without memory
-            needed = 4 * 4 * sum(value.numel() for value in make_model().state_dict().values())
+            needed = 3 * 4 * sum(value.numel() for value in make_model().state_dict().values())
     except RuntimeError:  # more elements than an int64 counts
         needed = math.inf
     check_room(needed, "training this model", "make it smaller with the flags that --help lists under model", device)
@@ -110,6 +111,11 @@ def cpu_count() -> int:
 def world_size() -> int:
     """Return how many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return this process's number among those that train together."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def join_ranks(device: torch.device) -> tuple[int, str]:
@@ -175,14 +181,18 @@ def leave_ranks():
 
 def check_equal_on_ranks(value, what: str):
     """Raise ValueError on every rank unless all have the same value."""
+    values = gather_from_ranks(value)
+    if any(other != value for other in values):
+        found = ", ".join(map(str, values))
+        raise ValueError(f"the processes differ in {what}: {found}; start all with the same flags, code and folders")
+
+
+def gather_from_ranks(value) -> list:
+    """Return the values of all ranks, in their order."""
+    values = [value] * world_size()
     if world_size() > 1:
-        values = [None] * world_size()
         dist.all_gather_object(values, value)
-        if any(other != value for other in values):
-            found = ", ".join(map(str, values))
-            raise ValueError(
-                f"the processes differ in {what}: {found}; start all with the same flags, code and folders"
-            )
+    return values
 
 
 def from_rank_0(value=None):

@@ -22,10 +22,12 @@ from harness.folder import Images
 from harness.machine import (
     check_equal_on_ranks,
     from_rank_0,
+    gather_from_ranks,
     join_ranks,
     lost_rank,
     out_of_memory,
     pick_device,
+    rank,
     world_size,
 )
 
@@ -115,6 +117,13 @@ def is_finished(folder: str | Path, name: str, progress: dict, steps: int) -> bo
     return False
 
 
+class NamedMeans(dict):
+    """Means by name; those of a checkpoint may lack some."""
+
+    def __missing__(self, name):
+        raise storage.Damaged(f"the checkpoint's means hold no {name}; start over with --fresh")
+
+
 class Means:
     """Means over steps, and over all ranks, of named tensors; nothing waits for the device before `compute`."""
 
@@ -136,7 +145,7 @@ class Means:
         Raises:
             FloatingPointError: one of them is NaN or infinite.
         """
-        return {name: total / self.steps for name, total in self.state_dict()["sums"].items()}
+        return NamedMeans({name: total / self.steps for name, total in self.state_dict()["sums"].items()})
 
     def reset(self):
         self.steps, self.sums = 0, {}
@@ -148,14 +157,14 @@ class Means:
                 dist.all_reduce(total)
             if not total.isfinite().all():
                 raise FloatingPointError("a loss is NaN or infinite; lower the learning rate")
-            if world_size() > 1 and dist.get_rank() > 0:
+            if rank() > 0:
                 total.zero_()
         return {"steps": self.steps, "sums": {name: total.cpu() for name, total in self.sums.items()}}
 
     def load_state_dict(self, state: dict):
         self.steps = state["steps"]
-        first = world_size() == 1 or dist.get_rank() == 0
-        self.sums = {name: total if first else torch.zeros_like(total) for name, total in state["sums"].items()}
+        sums = state["sums"].items()
+        self.sums = {name: total if rank() == 0 else torch.zeros_like(total) for name, total in sums}
 
 
 class Run:
@@ -164,7 +173,7 @@ class Run:
     Use, in this order: `Run(args, name)`, `begin`, `keep`, `parallel`, then inside `with run:` the loop over `steps`.
 
     Attributes:
-        args: the flags, with "auto" replaced by what was chosen.
+        args: the flags, with data set and precision in place of "auto".
         folder, device: where it writes, and where it computes.
         rank, world_size: this process's number, and how many processes there are.
         step: training steps done, including the current one.
@@ -191,7 +200,7 @@ class Run:
             self._open.callback(storage.lock_folder(self.folder).release, force=True)
         from_rank_0()  # nobody reads the folder before it is locked
         self.code = storage.code_digest()
-        self.checkpoint, self.reason = self._find_checkpoint()
+        self.checkpoint, self.move_reason = self._find_checkpoint()
         check_equal_on_ranks(self.code, "their code")
         check_equal_on_ranks(self.checkpoint and self.checkpoint["digest"], f"the checkpoint in {self.folder}")
         self.step, self.logged, self.saved, self.unreported = 0, 0, None, False
@@ -225,7 +234,7 @@ class Run:
         if changed := [flag_of(option) for option in changed if option not in own]:
             return None, f"it was started with other flags ({', '.join(changed)})"
         if checkpoint["code"] != self.code:
-            return None, "the code has changed since; --resume would have resumed it"
+            return None, "the code has changed since; to go on with it, --resume its new folder"
         return checkpoint, ""
 
     def begin(self, count: int, what: str, **identity):
@@ -246,15 +255,20 @@ class Run:
             check_equal_on_ranks(value, name)
         self.identity = identity
         if self.checkpoint:
-            changed = [name for name, value in identity.items() if self.checkpoint["identity"].get(name) != value]
+            before = self.checkpoint["identity"]
+            changed = [
+                name.replace("_", " ") + (f" (from {before.get(name)} to {value})" if isinstance(value, int) else "")
+                for name, value in identity.items()
+                if before.get(name) != value
+            ]
             if changed and self.args.resume is not None:
                 raise ValueError(f"the run in {self.folder} cannot be resumed: its {', '.join(changed)} changed")
             if changed:
-                self.checkpoint, self.reason = None, f"its {', '.join(changed)} changed"
+                self.checkpoint, self.move_reason = None, f"its {', '.join(changed)} changed"
         for option in LEARNING_RATES if self.checkpoint else ():
             rate = self.checkpoint["args"].get(option)
             if option in self.typed and self.typed[option] is None and isinstance(rate, float):
-                setattr(self.args, option, rate)  # not that of the present --steps, which --resume may have changed
+                setattr(self.args, option, rate)  # the default depends on --steps, which --resume may have changed
         if self.args.tensorboard:
             summary_writer()
             try:
@@ -265,7 +279,7 @@ class Run:
         self._catch_signals()
         if self.rank == 0:
             if self.checkpoint is None:
-                storage.move_aside(self.folder, FILES[self.name], self.reason)
+                storage.move_aside(self.folder, FILES[self.name], self.move_reason)
             where = f"{self.device.type} in {self.args.precision}"
             where += f", {self.world_size} processes" if self.world_size > 1 else ""
             if self.checkpoint and self.name == storage.CHECKPOINT:
@@ -313,7 +327,9 @@ class Run:
                 if isinstance(value, torch.optim.Optimizer):
                     load = functools.partial(restore_optimizer, value)
                 load(self.checkpoint[name])
-            set_random_state(self.checkpoint["random"], self.device)
+            saved = self.checkpoint["random"]
+            own = {name: saved.get(f"{name}/{self.rank}", saved[name]) for name in saved if "/" not in name}
+            set_random_state(own, self.device)  # that of rank 0 if there are more ranks than before
             progress = self.checkpoint["progress"]
             self.step, self.logged, self.seconds = (progress[name] for name in ("step", "logged", "seconds"))
             self.saved, self.unreported = self.step, progress["reports"]
@@ -332,6 +348,8 @@ class Run:
         forward = DistributedDataParallel(model) if self.world_size > 1 else model
         if not self.args.compile:
             return forward
+        if self.rank == 0:
+            say("compiling the network in the first steps, which may take a minute")
         # On a GPU, compile to CUDA graphs, which launch many small kernels together.
         compiled = torch.compile(forward, mode="reduce-overhead" if self.device.type == "cuda" else None)
 
@@ -406,7 +424,9 @@ class Run:
             "job": self.job,
             "identity": self.identity,
         }
-        state |= {"progress": progress, "random": random_state(self.device)}
+        states = enumerate(gather_from_ranks(random_state(self.device)))
+        random = {f"{name}/{rank}" if rank else name: value for rank, state in states for name, value in state.items()}
+        state |= {"progress": progress, "random": random}
         if self.rank == 0:
             storage.check_owner(self.folder)
             storage.save_checkpoint(self.folder, state, self.name, keep_previous=self.saved != self.step)
@@ -430,8 +450,9 @@ class Run:
         storage.append_row(path, list(row.values()))
         numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
         if self.writer:
-            for name, value in numbers.items():
-                self.writer.add_scalar(name, value, self.step)
+            with storage.add_path_to_errors(self.folder):
+                for name, value in numbers.items():
+                    self.writer.add_scalar(name, value, self.step)
         self.logged = self.step
         self.show(", ".join(f"{name} {format_number(value)}" for name, value in numbers.items()))
 
@@ -460,9 +481,9 @@ class Run:
         summary = {"dataset": dataset, "steps": self.step, "seconds": time.perf_counter() - self._began}
         summary |= {
             "training_seconds": self.seconds,
-            "images_per_second": self.step * self.args.batch_size / self.seconds,
+            "images_per_second": self.step * self.args.batch_size / max(self.seconds, 1e-9),
         }
-        summary |= {**measured, "arguments": vars(self.args)}
+        summary |= {**measured, "device": self.device.type, "arguments": vars(self.args)}
         storage.write_whole(self.folder / f"{PREFIX[self.name]}summary.json", json.dumps(summary, indent=2) + "\n")
         return summary
 
@@ -500,11 +521,12 @@ class Run:
     def __exit__(self, _type, error, _traceback):
         """Close what is open, and unlock the folder. Errors that users can fix end the run in one line, with code 1."""
         try:
-            self._open.close()
+            with storage.add_path_to_errors(self.folder):
+                self._open.close()
         except OSError as failed:  # TensorBoard's writer, on a full disk
             error = error or failed
-        if reason := self._reason(error):
-            message = f"{reason[0]} after step {self.step}: {reason[1]}"
+        if failure := self._failure(error):
+            message = f"{failure[0]} after step {self.step}: {failure[1]}"
             if isinstance(error, storage.Damaged):  # its message names the remedy
                 fail(message, code=1)
             with contextlib.suppress(ValueError, OSError):
@@ -518,7 +540,7 @@ class Run:
                     message += f"; the checkpoint of step {saved} is intact; to resume: {self._resume_command(error)}"
             fail(message, code=1)
 
-    def _reason(self, error: BaseException | None) -> tuple[str, str] | None:
+    def _failure(self, error: BaseException | None) -> tuple[str, str] | None:
         """Return how and why a run failed, or None if nothing failed or the cause is our own bug."""
         text = " ".join(str(error).split())
         if isinstance(error, FloatingPointError):

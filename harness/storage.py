@@ -4,6 +4,7 @@ import contextlib
 import csv
 import glob
 import hashlib
+import math
 import os
 import secrets
 import shlex
@@ -69,11 +70,22 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def replace(source: Path, target: Path, tries: int = 50 if os.name == "nt" else 1):
+    """Rename a file over another; on Windows, wait up to 5 s while another process has the other file open."""
+    for left in reversed(range(tries)):
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if not left:
+                raise
+            time.sleep(0.1)
 
 
 def write_whole(path: Path, text: str):
@@ -182,7 +194,10 @@ def new_folder(path: str | Path | None) -> Iterator[Path | None]:
         raise ValueError(f"--out {given} exists already; name a new folder")
     stem = path.name[:50]  # leaves room for the suffix: a name may have 255 bytes
     for left in path.parent.glob(glob.escape(stem) + TEMPORARY[1:]):
-        say(f"{left} was left by an --out that was killed; delete it, unless a command is still writing it", error=True)
+        say(
+            f"{left} is left from an --out that was killed; delete it, unless a command still writes it",
+            error=True,
+        )
     temporary = path.with_name(f"{stem}.{secrets.token_hex(8)}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -213,6 +228,10 @@ def is_count(value) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
+def is_duration(value) -> bool:
+    return isinstance(value, float) and 0 <= value < math.inf
+
+
 def is_shape(value) -> bool:
     return isinstance(value, list | tuple) and all(is_count(length) and length > 0 for length in value)
 
@@ -234,11 +253,11 @@ def is_tensors(value) -> bool:
 def is_sums(value) -> bool:
     """Return whether these are sums of losses (scalars) and of codes' counts (vectors)."""
     return is_tensors(value) and all(
-        v.is_floating_point() and v.ndim == name.startswith("counts") for name, v in value.items()
+        v.is_floating_point() and v.ndim == (1 if name.startswith("counts") else 0) for name, v in value.items()
     )
 
 
-PROGRESS = {"step": is_count, "logged": is_count, "seconds": float, "reports": bool}
+PROGRESS = {"step": is_count, "logged": is_count, "seconds": is_duration, "reports": bool}
 CONTENTS = {"name": str, "code": str, "args": is_plain, "typed": is_plain, "progress": PROGRESS, "model": is_tensors}
 CONTENTS |= {"means": {"steps": is_count, "sums": is_sums}, "random": is_tensors}
 KIND_CONTENTS = {
@@ -273,7 +292,7 @@ def save_checkpoint(folder: Path, state: dict, name: str = CHECKPOINT, keep_prev
         copy = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
         try:
             os.link(path, copy)
-            os.replace(copy, previous)
+            replace(copy, previous)
             copy.unlink(missing_ok=True)  # a rename does nothing if both link to one file, as after a kill right here
         except OSError:  # a file system without hard links
             copy.unlink(missing_ok=True)
@@ -374,13 +393,13 @@ def writable_folder(path: str | Path) -> Path:
 
 
 def refuse_weights_only(folder: str | Path):
-    """Raise ValueError if a folder holds exported weights: without an optimizer, they cannot be trained further."""
+    """Raise ValueError if a folder holds exported weights: they have no optimizer, and nothing may move them aside."""
     try:
         checkpoint = load_checkpoint(folder)
     except ValueError:  # nothing to protect
         return
     if checkpoint.get("weights_only"):
-        raise ValueError(f"{folder} holds exported weights, which cannot be trained further; name another folder")
+        raise ValueError(f"{folder} holds exported weights, which training would replace; name another folder")
 
 
 def is_run_folder(folder: Path) -> bool:
@@ -398,8 +417,14 @@ def lock_owner(folder: Path) -> tuple[int | None, bool]:
     with contextlib.suppress(OSError, ValueError, OverflowError, psutil.Error):
         number, started = read_text(folder / ".lock.pid").split()
         pid = int(number)
-        return pid, abs(psutil.Process(pid).create_time() - float(started)) < 1  # else another process has the number
+        return pid, abs(psutil.Process(pid).create_time() - float(started)) < 1  # else the number was reused
     return pid, False
+
+
+def locked_by_other(folder: Path) -> bool:
+    """Return whether another process that is alive has locked a folder."""
+    pid, alive = lock_owner(folder)
+    return alive and pid != os.getpid()
 
 
 def check_owner(folder: Path):

@@ -3,12 +3,14 @@
 import argparse
 import importlib.util
 import json
+import math
 import time
 
 from machine import ROOT, median_seconds
 
 from harness.run import Run
 
+import coarse_to_fine
 import machine_limit
 import numpy as np
 import pytest
@@ -35,6 +37,12 @@ def test_every_script_starts_by_itself(tmp_path):
     scripts = [*scripts, ROOT / "pretrained" / "export.py"]
     done = program("help_of_scripts.py", *scripts, cwd=tmp_path, env=environment(PYTHONPATH=""))
     assert len(scripts) > 10 and done.stderr.split() == [str(path) for path in scripts], done.stderr
+
+
+@pytest.mark.parametrize(("size", "codes", "other"), [(512, 49, 70), (512, 70, 49), (512, 256, 341)])
+def test_equal_bits_is_the_largest_codebook_that_fits(size, codes, other):
+    found, budget = coarse_to_fine.equal_bits(size, codes, other), codes * math.log2(size) + 1e-9
+    assert other * math.log2(found) <= budget < other * math.log2(found + 1)
 
 
 @pytest.mark.slow

@@ -9,7 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from harness.cli import abbreviate, command, number, say, user_errors
+from harness import cli
+from harness.cli import abbreviate, command, number, progress, say, user_errors
 from harness.storage import load_checkpoint
 
 import pytest
@@ -102,6 +103,28 @@ def test_command_works_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     python, path, *words = shlex.split(command("train.py", "--resume", Path("my run's")))
     assert python == sys.executable and Path(path).samefile(ROOT / "train.py") and words == ["--resume", "my run's"]
+
+
+def test_command_survives_another_drive(monkeypatch):
+    def fail(_):
+        raise ValueError("path is on mount 'C:', start on mount 'D:'")
+
+    monkeypatch.setattr(os.path, "relpath", fail)
+    assert shlex.split(command("train.py"))[1] == str(ROOT / "train.py")
+
+
+LINES = ["work: 1 of 4", "work: 3 of 4"]
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(0.4, []), (3, LINES[:1]), (17, LINES)])
+def test_long_work_is_never_silent(capsys, monkeypatch, seconds, shown):
+    """Without a terminal, a line after two seconds and then one every half minute, but none at the end."""
+    now, items = 0.0, []
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now)
+    for item in progress(range(4), "work"):
+        now += seconds
+        items.append(item)
+    assert items == [0, 1, 2, 3] and capsys.readouterr().err.splitlines() == shown
 
 
 def test_command_survives_a_deleted_working_folder(tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ def test_lookup_matches_brute_force(lookup, size, dim):
         assert torch.equal(nearest_code(z, codebook), expected)
 
 
-@pytest.mark.parametrize("way", ["--no-ema", "--ema", "--flip"])
+@pytest.mark.parametrize("way", ["--no-ema", "--ema", "--flip", "--scales=auto"])
 def test_steps_do_not_make_the_host_wait(tmp_path, monkeypatch, request, way):
     """Between two lines of metrics nothing asks the GPU for a value, from one batch to the next."""
     steps = Run.steps

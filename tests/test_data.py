@@ -63,6 +63,16 @@ def test_mnist_is_uint8_with_its_own_test_split(mnist, tmp_path):
     assert np.array_equal(loaded.test_images.flatten().numpy(), raw)
 
 
+def test_unchecked_files_of_old_versions_are_refused(mnist, tmp_path):
+    """torchvision would load them in place of those that were checked."""
+    (tmp_path / "MNIST" / "processed").mkdir()
+    for name in ("training.pt", "test.pt"):
+        load_dataset("mnist", tmp_path)
+        torch.save((torch.zeros(9, 28, 28, dtype=torch.uint8), torch.zeros(9)), tmp_path / "MNIST/processed" / name)
+    with pytest.raises(ValueError, match=r"MNIST/processed, of an old torchvision, .*; delete it$"):
+        load_dataset("mnist", tmp_path)
+
+
 def test_missing_data_without_network_is_unavailable(mnist, tmp_path):
     before = socket.getdefaulttimeout()
     with pytest.raises(Unavailable, match="mnist is not in .* and cannot be downloaded"):
@@ -349,7 +359,7 @@ def test_ranks_flip_what_one_process_would(monkeypatch):
     monkeypatch.setattr(data, "world_size", lambda: 3)
     parts = []
     for rank, part in enumerate(x.tensor_split(3)):
-        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(data, "rank", lambda rank=rank: rank)
         parts.append(random_flip(part, 11, 0, 5))
     assert torch.equal(torch.cat(parts), whole)
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import ROOT, SMALL, TINY, ended, environment, rows, started, train, train_prior
+from conftest import ROOT, SMALL, TINY, ended, environment, rows, same_state, started, train, train_prior
 
 from quantizer import VectorQuantizer
 
@@ -306,6 +306,22 @@ def test_unequal_shares_give_the_priors_whole_gradient(finished_run, tmp_path):
     assert len(pairs) > 10
     for a, b in pairs:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_prior_of_two_ranks_resumes_bit_for_bit(finished_run, tmp_path):
+    """Ranks draw dropout for different numbers of images, so that each has a random state of its own."""
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    shutil.copytree(finished_run, whole)
+    for folder in (whole, again):
+        flags = [*TINY, f"--run={folder}", "--steps=6", "--save-every=3", "--batch-size=15", "--dropout=0.3"]
+        with start_ranks(*flags, script="train_prior.py") as ranks:
+            for code, printed, errors in end_of(ranks):
+                assert code == 0 and (", resuming from step 3" in printed or folder == whole or not printed), errors
+        if folder == whole:  # as if it had been killed before its last checkpoint
+            shutil.copytree(whole, again)
+            (again / "prior_previous.pt").replace(again / "prior.pt")
+            assert len({key for key in load_checkpoint(again, "prior")["random"]}) == 2
+    assert same_state(load_checkpoint(whole, "prior"), load_checkpoint(again, "prior"))
 
 
 def test_ranks_with_other_images_refuse_to_start(folder, tmp_path):

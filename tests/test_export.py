@@ -106,5 +106,5 @@ def test_training_refuses_an_exported_folder(prior_run, tmp_path, capsys, flags)
         with pytest.raises(SystemExit, match="2"):
             own.main(own.parse_args([*named, "--device=cpu", "--steps=1", *flags]))
         error = capsys.readouterr().err
-        assert "holds exported weights, which cannot be trained further" in error and error.count("\n") == 1
+        assert "holds exported weights, which training would replace" in error and error.count("\n") == 1
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before

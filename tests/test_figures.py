@@ -99,6 +99,24 @@ def test_reconstructions_are_made_in_eval_mode(tmp_path, drawn):
     assert all(map(same_images, read_grid(tmp_path / "recon.png", drawn[0], 16, 16)[1:], expected))
 
 
+def test_codebook_is_drawn_in_eval_mode(tmp_path, monkeypatch):
+    """A run may end before its codebook has its start."""
+    model, drawn = make(3, (16, 16), scales="1,2,4").train(), []
+    monkeypatch.setattr(figures, "draw_codebook", lambda *args: drawn.append(args[-1]))
+    images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
+    figures.save_codebooks(tmp_path / "codebook.png", model, images, [torch.ones(10)], "title")
+    assert model.training
+    with torch.no_grad():
+        z_e = model.eval().z_e(to_pixels(images, "cpu"))[0]
+        assert torch.equal(drawn[0], model.levels[0].quantizer.residuals(z_e))
+
+
+def test_vectors_that_are_all_equal_are_drawn():
+    axes = Figure().subplots(1, 2)
+    figures.draw_codebook(*axes, "", torch.randn(4, 3), torch.ones(4), torch.ones(2, 3, 5, 5))
+    assert "0% of variance" in axes[0].get_title()
+
+
 def test_near_codes_have_near_colours():
     places = torch.randperm(20)
     colours = figures.code_colors(places[:, None].float())

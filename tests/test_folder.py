@@ -10,6 +10,7 @@ import sys
 import zlib
 from pathlib import Path
 
+from harness import data as dataset
 from harness import folder as folders
 from harness import machine
 from harness.data import (
@@ -159,6 +160,14 @@ def test_container_limit_decides_too(folder, tmp_path, monkeypatch, place, limit
     assert isinstance(load(folder).train_images, torch.Tensor)
     paths[place].write_text(limit)
     assert isinstance(load(folder).train_images, kind)
+
+
+def test_folder_locked_by_another_run_is_not_written_to(folder, tmp_path):
+    """As the page of demo.py, which takes no lock, would do beside a training."""
+    other = psutil.Process(os.getppid())
+    (tmp_path / ".lock.pid").write_text(f"{other.pid} {other.create_time()}")
+    load(folder, cache=tmp_path / "images.pt")
+    assert not (tmp_path / "images.pt").exists()
 
 
 def test_decoded_images_are_kept_until_folder_changes(folder, tmp_path, monkeypatch):
@@ -664,8 +673,36 @@ def test_disk_that_fails_while_training_is_one_sentence(folder, monkeypatch):
 
     data = load(folder, memory_limit=0)
     monkeypatch.setattr(folders, "decode", fail)  # the workers are forked
-    with pytest.raises(OSError, match=r"^\[Errno 5\] Input/output error$"):
+    with pytest.raises(OSError, match=r"^\[Errno 5\] Input/output error: '.*cat/[0-9]+\.png'$"):
         next(batches(data.train_images, iter([torch.arange(2)]), torch.device("cpu")))
+
+
+def test_lack_of_memory_while_reading_batches_is_told_as_such(folder, monkeypatch):
+    """Its remedy is a smaller batch, not another disk."""
+
+    class Loader:
+        def __init__(self, *_, **options):
+            self._workers = []
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+        def _shutdown_workers(self):
+            pass
+
+    monkeypatch.setattr(dataset, "DataLoader", Loader)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        next(batches(load(folder, memory_limit=0).train_images, iter([torch.arange(2)]), torch.device("cpu")))
+
+
+def test_only_rank_0_warns(folder, monkeypatch, capsys):
+    save(folder / "train" / "logo.png")
+    monkeypatch.setattr(folders, "rank", lambda: 1)
+    load(folder)
+    assert not capsys.readouterr().err
 
 
 def test_fault_of_the_machine_blames_no_image(folder, monkeypatch):

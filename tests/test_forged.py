@@ -81,7 +81,7 @@ OF_TRAINING = [
     ("means", MISSING), ("means sums", {"recon_loss": -1}), ("means steps", 10**30),
     ("means sums", {"recon_loss": torch.zeros(2)}), ("means sums", {"recon_loss": torch.tensor(1)}),
     ("means sums", {"counts": torch.tensor(1.0)}), ("random", {}), ("random cpu", torch.zeros(3)),
-    ("progress logged", None), ("progress seconds", "long"), ("typed", None), ("code", 3),
+    ("progress logged", None), ("progress seconds", "long"), ("progress seconds", -1.0), ("typed", None), ("code", 3),
     (f"model {WEIGHT}", torch.zeros(2)),
 ]  # fmt: skip
 
@@ -96,6 +96,24 @@ def test_forged_checkpoint_is_not_resumed(trained_run, capsys, place, value):
     forged = path.read_bytes()
     refusal(capsys, script, f"--resume={trained_run}", "--steps=32")
     assert path.read_bytes() == forged
+
+
+@pytest.mark.parametrize("sums", [{}, {"recon_loss": torch.tensor(1.0)}])
+def test_forged_means_end_the_run_by_one_line(trained_run, capsys, sums):
+    """The process died between its checkpoint and the report, says the file."""
+    forge(trained_run / "checkpoint.pt", ["progress", "reports"], True)
+    forge(trained_run / "checkpoint.pt", ["means", "sums"], sums)
+    with pytest.raises(SystemExit) as ended:
+        script.main(script.parse_args([f"--resume={trained_run}", "--steps=32"]))
+    printed = capsys.readouterr().err
+    assert ended.value.code == 1 and printed.count("\n") == 1 and "the checkpoint's means hold no" in printed
+
+
+def test_run_of_no_seconds_writes_its_summary(trained_run):
+    forge(trained_run / "checkpoint.pt", ["progress", "seconds"], 0.0)
+    (trained_run / "summary.json").unlink()
+    script.main(script.parse_args([f"--resume={trained_run}"]))
+    assert (trained_run / "summary.json").exists()
 
 
 @pytest.mark.parametrize(

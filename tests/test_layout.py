@@ -34,6 +34,19 @@ def test_model_imports_the_quantizers_alone():
     assert imports(ROOT / "scales.py") - sys.stdlib_module_names == {"torch", "quantizer"}
 
 
+def test_text_files_name_their_encoding():
+    """Otherwise it is the locale's, which may not be UTF-8."""
+    calls = 0
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("harness/*.py"), *ROOT.glob("benchmarks/*.py")]:
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = ast.unparse(call.func) if isinstance(call, ast.Call) else ""
+            if name == "open" or name.endswith((".read_text", ".write_text")) and name != "storage.read_text":
+                binary = any(isinstance(word, ast.Constant) and "b" in word.value for word in call.args[1:])
+                assert binary or any(word.arg == "encoding" for word in call.keywords), f"{path}, line {call.lineno}"
+                calls += 1
+    assert calls > 10
+
+
 def test_processes_of_tests_have_limits():
     """Tests start them with the helpers of conftest.py, which leave none running."""
     for path in ROOT.glob("tests/test_*.py"):

@@ -124,8 +124,8 @@ def test_model_that_exceeds_the_memory_is_refused(capsys, trained_run):
 
 
 def test_memory_check_counts_gradients_and_moments(monkeypatch):
-    """1,000 float32 weights take 16 kB to train."""
-    for limit, fits in ((16_000, True), (15_999, False)):
+    """1,000 float32 weights take 12 kB to train."""
+    for limit, fits in ((12_000, True), (11_999, False)):
         monkeypatch.setattr(machine, "container_limit", lambda limit=limit: limit)
         if fits:
             check_memory(lambda: nn.Linear(1000, 1, bias=False), torch.device("cpu"))
@@ -142,6 +142,14 @@ def test_container_limit_is_read(tmp_path, monkeypatch, text, limit):
         path.write_text(text)
     assert container_limit() == limit
     assert free_memory() <= min(limit, psutil.virtual_memory().total)
+
+
+def test_memory_in_use_counts_against_the_containers_limit(monkeypatch):
+    limit = psutil.Process().memory_info().rss + 10**6
+    monkeypatch.setattr(machine, "container_limit", lambda: limit)
+    assert free_memory() < 10**7
+    monkeypatch.setattr(machine, "container_limit", lambda: 1000)
+    assert free_memory() == 0
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the processors as Linux does")

@@ -3,12 +3,13 @@
 import json
 import os
 import signal
+import sys
 
 from harness.data import ignore_signals
 from harness.machine import cpu_count
 
 import pytest
-from conftest import SMALL, program, save
+from conftest import ROOT, SMALL, ended, program, save
 
 
 def run_without_unix(folder, *flags):
@@ -29,6 +30,15 @@ def test_workers_start_without_unix_only_names(monkeypatch):
     assert cpu_count() == os.cpu_count()
     ignore_signals(0)
     assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+
+
+@pytest.mark.parametrize(
+    ("given", "found"), [({}, "20000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None"), ({"GOMP_SPINCOUNT": "7"}, "7")]
+)
+def test_threads_spin_briefly_unless_the_user_says_otherwise(given, found):
+    kept = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    code = "import os, harness; print(os.environ.get('GOMP_SPINCOUNT'))"
+    assert ended([sys.executable, "-c", code], env=kept | given, cwd=ROOT).stdout.strip() == found
 
 
 @pytest.mark.slow

@@ -24,6 +24,11 @@ def test_length():
     assert len(README.splitlines()) <= 180 and len(README.split()) <= 1700
 
 
+def test_section_on_scales_is_short():
+    section = README.split("### From coarse to fine")[1].split("\n## ")[0]
+    assert len(section.split()) <= 150 and section.count("![") == 1
+
+
 def test_first_screen_has_the_two_commands():
     install = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt"
     assert f"{install} && .venv/bin/python train.py" in COMMANDS

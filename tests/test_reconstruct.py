@@ -455,7 +455,7 @@ def test_out_left_by_a_kill_stops_no_command(trained_run, tmp_path, capsys):
     (left / "originals").mkdir(parents=True)
     save(tmp_path / "a.png", mode="L")
     run(trained_run, tmp_path / "a.png", f"--out={trained_run / 'out'}")
-    assert left.is_dir() and f"{left} was left by an --out" in capsys.readouterr().err
+    assert left.is_dir() and f"{left} is left from an --out" in capsys.readouterr().err
     assert (trained_run / "out" / "codes.npz").is_file()
 
 

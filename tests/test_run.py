@@ -68,9 +68,8 @@ def test_means_refuse_what_is_not_finite(value):
 
 def test_means_of_a_checkpoint_count_once(monkeypatch):
     """Every rank reads the sums of all ranks; rank 0 alone keeps them."""
-    monkeypatch.setattr(run, "world_size", lambda: 2)
     for rank, kept in ((0, 3), (1, 0)):
-        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(run, "rank", lambda rank=rank: rank)
         means = Means()
         means.load_state_dict({"steps": 1, "sums": {"loss": torch.tensor(3.0)}})
         assert means.sums["loss"] == kept
@@ -363,7 +362,8 @@ def test_run_of_other_code_makes_way(tmp_path, stop_at, capsys):
     save_checkpoint(tmp_path, load_checkpoint(tmp_path) | {"code": "that of another day"})
     train(tmp_path, *STEPS)
     printed = capsys.readouterr().out
-    assert ": the code has changed since; --resume would have resumed it" in printed and "resuming from" not in printed
+    assert ": the code has changed since; to go on with it, --resume its new folder" in printed
+    assert "resuming from" not in printed
     (archive,) = archives(tmp_path)
     assert load_checkpoint(archive)["progress"]["step"] == 13
 
@@ -438,6 +438,13 @@ def test_ignored_signals_stay_ignored(tmp_path, in_step):
     assert load_checkpoint(tmp_path)["progress"]["step"] == 2
 
 
+def test_compilation_is_announced(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    train(tmp_path, "--steps=2", "--compile")
+    assert capsys.readouterr().out.splitlines()[1].startswith("compiling the network in the first steps")
+
+
 def test_full_disk_at_the_end_is_one_line(tmp_path, capsys, monkeypatch):
     """TensorBoard's writer tells it when it is closed."""
 
@@ -460,7 +467,8 @@ def test_full_disk_at_the_end_is_one_line(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         train(tmp_path, "--steps=2", "--tensorboard")
     printed = capsys.readouterr().err
-    assert ended.value.code == 1 and printed.count("\n") == 1 and "No space left on device" in printed
+    assert ended.value.code == 1 and printed.count("\n") == 1
+    assert f"No space left on device: '{tmp_path}'" in printed
     done = program("train.py", *SMALL, f"--out-dir={tmp_path}", "--steps=2")
     assert done.returncode == 0, done.stderr  # the folder is not locked
 

@@ -153,7 +153,7 @@ def test_prior_of_other_classes_is_refused(capsys, generating_run, classes):
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
-        ("--classes", "3,10", "there is no class 10; there are 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"),
+        ("--classes", "3,10", "there is no class 10; the classes are 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"),
         ("--classes", "3;7", "there is no class 3;7"),
         ("--classes", "9" * 5000, "there is no class 999"),
         ("--classes", "9" * 140_000, "cannot be split into names"),
@@ -223,7 +223,7 @@ def test_class_names_go_from_folders_to_samples(named_run, drawn, capsys):
     assert list(drawn[1][3]) == names
     draw(named_run, '--classes="$x, {$ & <b>",cat')
     assert list(drawn[2][3]) == names[:2]
-    assert "there is no class bird; there are $x, {$ & <b>, cat, dog" in refusal(
+    assert "there is no class bird; the classes are $x, {$ & <b>, cat, dog" in refusal(
         capsys, sample_script, "--run", named_run, "--classes=cat,bird"
     )
 

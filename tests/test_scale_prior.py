@@ -14,6 +14,7 @@ from conftest import TINY, build_page, ended, far_from_zero, refusal, same_state
 from PIL import Image
 
 import demo
+import reconstruct
 import sample as sample_script
 import train_prior as script
 from prior import ScalePrior, generate
@@ -165,6 +166,19 @@ def test_samples_are_shown_after_each_scale(run, tmp_path, monkeypatch):
             assert torch.equal(row, (model.decode(codes[: n + 1]) * 255).round().to(torch.uint8))
 
 
+def test_failed_picture_of_scales_is_exit_code_1(run, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "results")
+    (copy / "samples_by_scale.png").mkdir()
+    with pytest.raises(SystemExit) as stopped:
+        draw(copy, "--num=4")
+    captured = capsys.readouterr()
+    assert stopped.value.code == 1 and "cannot write a picture" in captured.err and "wrote" not in captured.out
+    (copy / "samples_by_scale.png").rmdir()
+    draw(copy, "--num=4")
+    lines = [f"wrote {copy / name}" for name in ("samples.png", "samples_by_scale.png")]
+    assert capsys.readouterr().out.splitlines() == lines
+
+
 @pytest.mark.parametrize(("keep", "kept"), [(0.0, 0), (0.07, 1), (0.5, 21)])
 def test_completion_keeps_whole_scales(run, tmp_path, monkeypatch, keep, kept):
     copy, image = shutil.copytree(run, tmp_path / "results"), load_dataset("digits").test_images[0]
@@ -179,8 +193,9 @@ def test_completion_keeps_whole_scales(run, tmp_path, monkeypatch, keep, kept):
     assert torch.equal(given[0], expected.expand(sample_script.COMPLETIONS, -1))
 
 
-def test_resumes_bit_for_bit(run, tmp_path, stop_at):
-    flags = ["--steps=9", "--save-every=4"]
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_resumes_bit_for_bit(run, tmp_path, stop_at, precision):
+    flags = ["--steps=9", "--save-every=4", f"--precision={precision}"]
     whole, halves = (shutil.copytree(run, tmp_path / name) for name in ("whole", "halves"))
     train_prior(whole, *flags)
     stop_at(6, halves, *flags, call=train_prior)
@@ -212,6 +227,11 @@ def test_images_need_be_neither_square_nor_labelled(tmp_path):
     train_prior(folder, "--steps=2", "--batch-size=8")
     draw(folder, "--num=7")
     draw(folder, "--complete", tmp_path / "photos" / "0.png")
+    made = []
+    for out, words in (("out", str(tmp_path / "photos")), ("again", f"--codes={tmp_path / 'out' / 'codes.npz'}")):
+        reconstruct.main(reconstruct.parse_args([f"--run={folder}", words, f"--out={tmp_path / out}"]))
+        made.append([path.read_bytes() for path in sorted((tmp_path / out / "reconstructions").iterdir())])
+    assert made[0] == made[1] and len(made[0]) == 60
     assert sample(*load_run(folder), num=5).shape == (5, 3, 12, 20)
 
 

@@ -88,18 +88,23 @@ def test_one_scale_is_vector_quantizer_bit_for_bit(ema, layout):
     made = []
     for kind in (VectorQuantizer, functools.partial(MultiScaleQuantizer, [(3, 4)])):
         torch.manual_seed(0)
-        quantizer, seen = kind(K, D, ema=ema, decay=0.8, revive_below=0.2), []
+        quantizer, seen, revived = kind(K, D, ema=ema, decay=0.8, revive_below=0.2), [], 0
         optimizer = torch.optim.Adam([*quantizer.parameters(), torch.zeros(1, requires_grad=True)], lr=0.1)
         for step in range(20):
-            z_e = vectors([(3, 4)], 2 + step % 5, seed=step).contiguous(memory_format=layout).requires_grad_()
+            n = (1, 5, 2, 4, 3)[step % 5]  # 12 vectors start half of the codes; the next 60 start the others by k-means
+            z_e = vectors([(3, 4)], n, seed=step).contiguous(memory_format=layout).requires_grad_()
             z_q, indices, codebook_loss, commitment_loss = quantizer(z_e)
-            indices = indices if isinstance(indices, list) else [indices]
+            revived += int(quantizer.revived.sum())
+            seen += [z_q, codebook_loss, commitment_loss]
+            for chosen in (indices, quantizer.encode(z_e), quantizer.eval()(z_e).indices):
+                seen += chosen if isinstance(chosen, list) else [chosen]
+            quantizer.train()
             optimizer.zero_grad()
             ((z_q * z_q.detach()).sum() + codebook_loss + commitment_loss).backward()
             quantizer.reset_revived(optimizer)
             optimizer.step()
-            seen += [z_q, *indices, codebook_loss, commitment_loss, z_e.grad]
-            seen += [value.clone() for value in quantizer.state_dict().values()]
+            seen += [z_e.grad, *(value.clone() for value in quantizer.state_dict().values())]
+        assert revived
         made.append(seen)
     assert all(map(torch.equal, *made))
 
@@ -126,6 +131,7 @@ def test_gradients_match_autograd(scales):
             up = up + 0.1 * F.conv2d(up, *phi[2 * scale : 2 * scale + 2], padding=1)
         phi_loss = phi_loss + (z.detach() - total.detach() - up).square().mean()
         total = total + up
+    torch.testing.assert_close(z_q, total)
     z_q = total.detach() + z - z.detach()
     ((z_q * factor).sum() + 2 * phi_loss + (2 * learns + 3 * commits) / count).backward()
     assert codebook_loss.item() == pytest.approx(learns.item() / count)  # phi's loss is a gradient alone
@@ -457,3 +463,8 @@ def test_torchrun_matches_one_process(tmp_path):
     for ranks in ("1", "2"):
         losses.append([float(row["recon_loss"]) for row in rows(tmp_path / ranks)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    one, two = (load_checkpoint(tmp_path / ranks)["model"] for ranks in ("1", "2"))
+    learned = [name for name in one if ".phi." in name and name.endswith("weight")]
+    for name in learned:
+        assert (two[name] - one[name]).norm() < 0.1 * one[name].norm()
+    assert len(learned) == 3

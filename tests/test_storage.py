@@ -24,6 +24,7 @@ from harness.storage import (
     move_aside,
     new_folder,
     read_state,
+    replace,
     save_checkpoint,
     trim_metrics,
     whole_file,
@@ -93,6 +94,33 @@ def test_link_under_a_temporary_name_is_not_followed(tmp_path, monkeypatch):
     with pytest.raises(FileExistsError):
         write_state(tmp_path / "a.pt", STATE)
     assert victim.read_text() == "mine" and not (tmp_path / "a.pt").exists()
+
+
+def test_file_that_is_open_elsewhere_is_replaced_later(tmp_path, monkeypatch):
+    """On Windows, where a reader keeps the file from being replaced."""
+    original, left = os.replace, [1, 1]
+
+    def refuse_twice(*paths):
+        if left:
+            raise PermissionError(f"in use {left.pop()}")
+        original(*paths)
+
+    monkeypatch.setattr(os, "replace", refuse_twice)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    (tmp_path / "a").write_text("new")
+    with pytest.raises(PermissionError):
+        replace(tmp_path / "a", tmp_path / "b", tries=1)
+    replace(tmp_path / "a", tmp_path / "b", tries=2)
+    assert (tmp_path / "b").read_text() == "new"
+
+
+def test_link_in_place_of_the_lock_is_not_followed(tmp_path):
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(ValueError, match="cannot be locked"):
+        lock_folder(tmp_path / "run")
+    assert (tmp_path / "victim").read_text() == "mine"
 
 
 def test_link_in_place_of_a_file_is_replaced(tmp_path):
@@ -451,7 +479,7 @@ def test_warns_of_half_written_folder(tmp_path, capsys):
     other.mkdir()
     with new_folder(tmp_path / "out[1]"):
         printed = capsys.readouterr().err
-    assert f"{left} was left by an --out that was killed" in printed and str(other) not in printed and left.is_dir()
+    assert f"{left} is left from an --out that was killed" in printed and str(other) not in printed and left.is_dir()
 
 
 def test_invalid_pid_is_no_owner(tmp_path):

@@ -25,11 +25,11 @@ def main(rank, ranks, folder):
     for ema in (False, True):
         torch.manual_seed(0)
         scales = [(1, 1), (2, 2), (3, 5)]
-        quantizer = MultiScaleQuantizer(scales, 16, 4, ema=ema, decay=0.9, revive_below=0.2)
+        quantizer = MultiScaleQuantizer(scales, 16, 4, ema=ema, decay=0.5, revive_below=0.5)
         parameters = list(quantizer.parameters())
         optimizer = torch.optim.SGD(parameters, lr=0.5)
         torch.manual_seed(rank)  # only what rank 0 draws by itself may matter
-        history = []
+        history, revived = [], 0
         for batch in batches:
             z_e = batch.split(RANKS[ranks])[rank]
             z_q, _, codebook_loss, _ = quantizer(z_e)
@@ -38,9 +38,11 @@ def main(rank, ranks, folder):
             (loss * len(z_e) / BATCH).backward()
             for parameter in parameters if ranks > 1 else []:
                 dist.all_reduce(parameter.grad)
+            revived += int(quantizer.revived.sum())
             quantizer.reset_revived(optimizer)
             optimizer.step()
             history.append({name: value.clone() for name, value in quantizer.state_dict().items()})
+        assert revived, "no code was revived, so that revival was not compared"
         torch.save(history, Path(folder, f"{ranks}-{rank}-{ema}.pt"))
     if ranks > 1:
         dist.destroy_process_group()
