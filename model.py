@@ -177,7 +177,7 @@ class VQVAE(nn.Module):
         return indices[0] if self.scales else indices
 
     def decode(self, indices: list[Tensor | None], size: tuple[int, int] | None = None) -> Tensor:
-        """Return the images of codes, in [0, 1], cropped to `size`; default: `image_size` if its grid is this one.
+        """Return the images of codes, in [0, 1], cropped to `size`; by default `image_size` if it has this grid.
 
         If a level's indices are None, its average code is used. With scales, the first few are enough.
         """
@@ -201,7 +201,7 @@ class VQVAE(nn.Module):
         return [*self.scales[:-1], *grids]
 
     def codebooks(self) -> list[Tensor]:
-        """Return the codebook (K, D) of each level; with scales, that of all, once for each."""
+        """Return the codebook (K, D) of each level; with scales, the shared one, once per scale."""
         return [level.quantizer.codebook.detach() for level in self.levels] * (len(self.scales) or 1)
 
     def _encode(self, x):  # z_e and indices of each level; the lower level needs the decoded codes of the upper one

@@ -59,7 +59,7 @@ def main(args: argparse.Namespace):
         if args.codes:
             names, levels, size = read_codes(Path(args.codes), model, checkpoint)
             with new_folder(args.out) as out:
-                for chunk in chunks(len(names), size):
+                for chunk in progress(chunks(len(names), size), "writing, parts"):
                     made = render(model, [level[chunk] for level in levels], size)
                     write_images(out / "reconstructions", [names[i] for i in chunk], made)
         else:
@@ -212,7 +212,7 @@ def write_reconstructions(
     names = names or [f"{i:05d}" for i in range(len(images))]
     order, indices = chunks(len(images), images.shape[-2:]), []
     stream = batches(images, order, torch.device("cpu"))
-    for chunk, batch in zip(order, progress(stream, "writing", len(order))):
+    for batch, chunk in zip(progress(stream, "writing, parts", len(order)), order):
         chunk_indices, recon = reconstruct(model, list(batch), candidates)
         write_images(folder / "originals", [names[i] for i in chunk], batch)
         write_images(folder / "reconstructions", [names[i] for i in chunk], recon)

@@ -3,6 +3,7 @@
 import argparse
 import csv
 import functools
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -118,10 +119,10 @@ def draw_codes(
     generator = torch.Generator(device).manual_seed(seed)
     codes = []
     order = chunks(len(labels), model.image_size, most=500)
-    for part in order:
+    for part in progress(order, "drawing, parts"):
         kept = None if given is None else given[part].to(device)
-        what = f"drawing {part[0] + 1:,} to {part[-1] + 1:,} of {len(labels):,}, codes"
-        options |= {"given": kept, "generator": generator, "progress": functools.partial(progress, what=what)}
+        steps = functools.partial(progress, what="drawing, steps")
+        options |= {"given": kept, "generator": generator, "progress": steps}
         codes.append(generate(prior, labels[part].to(device), **options))
     prior.train(was_training)
     levels = torch.cat(codes).split(prior.sizes, 1)
@@ -193,11 +194,11 @@ def main(args: argparse.Namespace):
             drawn = [figures.save_samples(Path(args.run, name), *picture) for name, picture in pictures.items()]
     if args.out:
         say(f"wrote {len(images):,} images to {args.out}")
-    if not all(drawn):
-        sys.exit(1)
-    for name, (rows, *_) in pictures.items():
+    for name, (rows, *_) in itertools.compress(pictures.items(), drawn):
         shown, count = sum(len(row[: figures.SAMPLES]) for row in rows[: figures.SAMPLES]), sum(map(len, rows))
         say(f"wrote {Path(args.run, name)}" + (f", with {shown} of {count:,} images" if shown < count else ""))
+    if not all(drawn):
+        sys.exit(1)
 
 
 def samples_by_scale(model: VQVAE, levels: list[Tensor]) -> tuple[list[Tensor], str, list[str]]:

@@ -38,6 +38,8 @@ def images_per_second(spin_count: str, threads: int, args: argparse.Namespace) -
                 if now - began > args.seconds and len(times) > 1:
                     break
             process.kill()
+    if len(times) < 2:
+        sys.exit("train.py ended early")
     return EVERY * BATCH_SIZE * (len(times) - 1) / (times[-1] - times[0])
 
 

@@ -10,11 +10,11 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from harness.machine import lost_rank, out_of_memory
+from harness.machine import lost_rank, out_of_memory, rank
 
 from tqdm import tqdm
 
-SILENCE = 2, 30  # seconds until work in progress shows something, and without a terminal between its lines
+SHOW_AFTER, LINE_EVERY = 2, 30  # seconds until progress is shown, and between its lines without a terminal
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -96,14 +96,17 @@ def drop_output(error: bool):
 
 
 def progress(items: Iterable, what: str, count: int | None = None) -> Iterator:
-    """Yield the items; if this takes long, show a progress bar or, without a terminal, lines."""
-    count, due = len(items) if count is None else count, time.monotonic() + SILENCE[0]
-    bar = tqdm(items, what, count, leave=False, delay=SILENCE[0], disable=None)
+    """Yield the items; if this takes long, rank 0 shows a progress bar or, without a terminal, lines."""
+    if rank() > 0:
+        yield from items
+        return
+    count, due = len(items) if count is None else count, time.monotonic() + SHOW_AFTER
+    bar = tqdm(items, what, count, leave=False, delay=SHOW_AFTER, disable=None)
     for done, item in enumerate(bar, 1):
         yield item
         if bar.disable and done < count and time.monotonic() > due:
             say(f"{what}: {done:,} of {count:,}", error=True)
-            due = time.monotonic() + SILENCE[1]
+            due = time.monotonic() + LINE_EVERY
 
 
 @contextlib.contextmanager

@@ -404,11 +404,7 @@ def batches(images: Images, order: Iterable[Tensor], device: torch.device) -> Ge
         try:
             for batch in workers:
                 yield batch.to(device, non_blocking=True)
-        except (
-            ValueError,
-            OSError,
-            RuntimeError,
-        ) as error:  # a worker's traceback, or that it died
+        except (ValueError, OSError, RuntimeError) as error:  # its text is a worker's traceback, or that it died
             if out_of_memory(error):
                 raise
             raise OSError(re.sub("^(ValueError|OSError): ", "", str(error).splitlines()[-1])) from error

@@ -276,7 +276,7 @@ def decode_folder(
 
     images = images[: len(digests)] if keep else None
     decoded = {"images": images, "shape": shape, "bad": bad, "counts": counts, "digests": digests, "key": key}
-    # With bad files, the next run tries again. Only the process that has locked a run's folder writes to it.
+    # With bad files, the next run tries again. Do not write to a folder that another process has locked.
     if cache and not bad and not locked_by_other(cache.parent):
         try:
             if cache.exists() and not is_ours(cache):
@@ -327,7 +327,7 @@ def try_each(function: Callable, paths: list[Path], what: str) -> Iterator:
     with ThreadPoolExecutor() as pool:
         waiting = deque(pool.submit(attempt, path) for path in paths[:AHEAD])  # results wait in memory for their turn
         for i in progress(range(len(paths)), what):
-            waiting.extend(pool.submit(attempt, path) for path in paths[i + AHEAD :][:1])
+            waiting.extend(pool.submit(attempt, path) for path in paths[i + AHEAD : i + AHEAD + 1])
             yield waiting.popleft().result()
 
 
@@ -345,7 +345,7 @@ def common_shape(
     height, width = sizes.most_common(1)[0][0]
     odd = [i for i, header in headers.items() if header[:2] != (height, width)]
     again = try_each(lambda path: decode(path, channels, None, background), [files[i] for i in odd], "decoding again")
-    bad |= {i: result for i, result in zip(odd, again) if isinstance(result, str)}
+    bad |= {i: result for result, i in zip(again, odd) if isinstance(result, str)}
     sizes = Counter(header[:2] for i, header in headers.items() if i not in bad)
     if len(sizes) > 1:
         found = [f"{width}x{height} ({n:,} images)" for (height, width), n in sizes.most_common()]

@@ -234,7 +234,7 @@ class Run:
         if changed := [flag_of(option) for option in changed if option not in own]:
             return None, f"it was started with other flags ({', '.join(changed)})"
         if checkpoint["code"] != self.code:
-            return None, "the code has changed since; to go on with it, --resume its new folder"
+            return None, "the code has changed since; to continue that run, give --resume its new folder"
         return checkpoint, ""
 
     def begin(self, count: int, what: str, **identity):
@@ -349,7 +349,7 @@ class Run:
         if not self.args.compile:
             return forward
         if self.rank == 0:
-            say("compiling the network in the first steps, which may take a minute")
+            say("the first steps compile the network, which may take a minute")
         # On a GPU, compile to CUDA graphs, which launch many small kernels together.
         compiled = torch.compile(forward, mode="reduce-overhead" if self.device.type == "cuda" else None)
 
@@ -424,8 +424,8 @@ class Run:
             "job": self.job,
             "identity": self.identity,
         }
-        states = enumerate(gather_from_ranks(random_state(self.device)))
-        random = {f"{name}/{rank}" if rank else name: value for rank, state in states for name, value in state.items()}
+        of_ranks = enumerate(gather_from_ranks(random_state(self.device)))
+        random = {f"{name}/{i}" if i else name: value for i, own in of_ranks for name, value in own.items()}
         state |= {"progress": progress, "random": random}
         if self.rank == 0:
             storage.check_owner(self.folder)

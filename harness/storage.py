@@ -253,7 +253,8 @@ def is_tensors(value) -> bool:
 def is_sums(value) -> bool:
     """Return whether these are sums of losses (scalars) and of codes' counts (vectors)."""
     return is_tensors(value) and all(
-        v.is_floating_point() and v.ndim == (1 if name.startswith("counts") else 0) for name, v in value.items()
+        isinstance(name, str) and v.is_floating_point() and v.ndim == (1 if name.startswith("counts") else 0)
+        for name, v in value.items()
     )
 
 

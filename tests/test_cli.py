@@ -1,12 +1,15 @@
 """Flags are checked where they are parsed, a mistake is one line, and output never stops a run."""
 
 import argparse
+import fcntl
 import os
 import re
 import shlex
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 from harness import cli
@@ -121,10 +124,27 @@ def test_long_work_is_never_silent(capsys, monkeypatch, seconds, shown):
     """Without a terminal, a line after two seconds and then one every half minute, but none at the end."""
     now, items = 0.0, []
     monkeypatch.setattr(cli.time, "monotonic", lambda: now)
+    monkeypatch.setattr(cli, "SHOW_AFTER", 2)
     for item in progress(range(4), "work"):
         now += seconds
         items.append(item)
     assert items == [0, 1, 2, 3] and capsys.readouterr().err.splitlines() == shown
+
+
+@pytest.mark.parametrize(("after", "shown"), [(0, True), (1000, False)])
+def test_terminal_shows_a_bar_for_long_work_alone(after, shown):
+    code = f"from harness import cli; import time; cli.SHOW_AFTER = {after}\n"
+    code += "for _ in cli.progress(range(8), 'work'): time.sleep(0.1)"
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    with started([sys.executable, "-c", code], stderr=slave, cwd=ROOT) as process:
+        assert process.wait(60) == 0
+    os.write(slave, b"end")
+    printed = b""
+    while not printed.endswith(b"end"):
+        printed += os.read(master, 10**5)
+    os.close(master), os.close(slave)
+    assert (b"work" in printed) == shown and b"\n" not in printed  # and it is cleared in the end
 
 
 def test_command_survives_a_deleted_working_folder(tmp_path, monkeypatch):

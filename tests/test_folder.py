@@ -28,7 +28,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import SMALL, refusal, save
+from conftest import SMALL, refusal, save, started
 from PIL import EpsImagePlugin, Image
 from torchvision.transforms.functional import resize
 
@@ -164,9 +164,9 @@ def test_container_limit_decides_too(folder, tmp_path, monkeypatch, place, limit
 
 def test_folder_locked_by_another_run_is_not_written_to(folder, tmp_path):
     """As the page of demo.py, which takes no lock, would do beside a training."""
-    other = psutil.Process(os.getppid())
-    (tmp_path / ".lock.pid").write_text(f"{other.pid} {other.create_time()}")
-    load(folder, cache=tmp_path / "images.pt")
+    with started([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        (tmp_path / ".lock.pid").write_text(f"{process.pid} {psutil.Process(process.pid).create_time()}")
+        load(folder, cache=tmp_path / "images.pt")
     assert not (tmp_path / "images.pt").exists()
 
 
@@ -677,7 +677,7 @@ def test_disk_that_fails_while_training_is_one_sentence(folder, monkeypatch):
         next(batches(data.train_images, iter([torch.arange(2)]), torch.device("cpu")))
 
 
-def test_lack_of_memory_while_reading_batches_is_told_as_such(folder, monkeypatch):
+def test_lack_of_memory_in_batches_is_told(folder, monkeypatch):
     """Its remedy is a smaller batch, not another disk."""
 
     class Loader:

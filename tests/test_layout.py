@@ -41,7 +41,7 @@ def test_text_files_name_their_encoding():
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             name = ast.unparse(call.func) if isinstance(call, ast.Call) else ""
             if name == "open" or name.endswith((".read_text", ".write_text")) and name != "storage.read_text":
-                binary = any(isinstance(word, ast.Constant) and "b" in word.value for word in call.args[1:])
+                binary = any(isinstance(word, ast.Constant) and "b" in str(word.value) for word in call.args[1:])
                 assert binary or any(word.arg == "encoding" for word in call.keywords), f"{path}, line {call.lineno}"
                 calls += 1
     assert calls > 10

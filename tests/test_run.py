@@ -362,7 +362,7 @@ def test_run_of_other_code_makes_way(tmp_path, stop_at, capsys):
     save_checkpoint(tmp_path, load_checkpoint(tmp_path) | {"code": "that of another day"})
     train(tmp_path, *STEPS)
     printed = capsys.readouterr().out
-    assert ": the code has changed since; to go on with it, --resume its new folder" in printed
+    assert ": the code has changed since; to continue that run, give --resume its new folder" in printed
     assert "resuming from" not in printed
     (archive,) = archives(tmp_path)
     assert load_checkpoint(archive)["progress"]["step"] == 13
@@ -442,7 +442,7 @@ def test_compilation_is_announced(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)
     monkeypatch.setattr(shutil, "which", lambda name: name)
     train(tmp_path, "--steps=2", "--compile")
-    assert capsys.readouterr().out.splitlines()[1].startswith("compiling the network in the first steps")
+    assert capsys.readouterr().out.splitlines()[1].startswith("the first steps compile the network")
 
 
 def test_full_disk_at_the_end_is_one_line(tmp_path, capsys, monkeypatch):

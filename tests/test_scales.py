@@ -463,8 +463,3 @@ def test_torchrun_matches_one_process(tmp_path):
     for ranks in ("1", "2"):
         losses.append([float(row["recon_loss"]) for row in rows(tmp_path / ranks)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
-    one, two = (load_checkpoint(tmp_path / ranks)["model"] for ranks in ("1", "2"))
-    learned = [name for name in one if ".phi." in name and name.endswith("weight")]
-    for name in learned:
-        assert (two[name] - one[name]).norm() < 0.1 * one[name].norm()
-    assert len(learned) == 3
