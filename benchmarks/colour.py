@@ -15,6 +15,7 @@ from pathlib import Path
 
 from machine import heading, train, write_json
 
+from harness.cli import user_errors
 from harness.data import load_dataset
 
 import torch
@@ -38,8 +39,11 @@ def main():
     parser.add_argument("--steps", type=int, nargs="+", default=[2000, 4000, 7500], help="lengths of our runs")
     parser.add_argument("--out", type=Path, default=Path("results", "colour.json"))
     args = parser.parse_args()
+    if not (args.peers / "airalcorn2").is_dir():
+        parser.error(f"--peers {args.peers} holds no airalcorn2; clone the repository there")
     torch.set_num_threads(2)
-    data = load_dataset(args.data)
+    with user_errors():
+        data = load_dataset(args.data)
     ours = [train("--dataset", args.data, "--steps", steps) for steps in sorted(args.steps)]
     moments = [run["seconds"] for run in ours]
     trained = train_peer(PEERS["airalcorn2/vqvae-pytorch, EMA"], args.peers, data, moments, "cpu")

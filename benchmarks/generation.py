@@ -18,8 +18,9 @@ from pathlib import Path
 from machine import heading, median_seconds, write_json
 
 from harness import figures
+from harness.cli import user_errors
 from harness.data import dataset_of, to_pixels, to_uint8
-from harness.storage import load_checkpoint
+from harness.storage import load_checkpoint, lock_folder, writable_folder
 
 import numpy as np
 import torch
@@ -128,10 +129,17 @@ def main():
     parser.add_argument("--num", type=int, default=10_000, help="samples behind each line of the table")
     args = parser.parse_args()
     torch.set_num_threads(2)
+    with user_errors():
+        load_checkpoint(args.run)  # if it names no run, make no folder
+        with lock_folder(writable_folder(args.run)):
+            measure(args)
+
+
+def measure(args: argparse.Namespace):
     model, prior = script.load_run(args.run)
     data = dataset_of(load_checkpoint(args.run), Path(args.run), args.data_dir)
     if data.train_labels is None:
-        parser.error("--run needs images with classes")
+        raise ValueError("--run needs images with classes")
     classifier = train_classifier(data.train_images, data.train_labels)
     real, found = classify(classifier, data.test_images)
     accuracy = (found == data.test_labels).float().mean().item()

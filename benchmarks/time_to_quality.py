@@ -26,6 +26,7 @@ from pathlib import Path
 
 from machine import heading, train, write_json
 
+from harness.cli import user_errors
 from harness.data import batch_indices, load_dataset
 
 import torch
@@ -178,7 +179,8 @@ def main():
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # one peer uses a GPU if there is one
     torch.set_num_threads(2)
-    data = load_dataset("mnist", args.data_dir)
+    with user_errors():
+        data = load_dataset("mnist", args.data_dir)
     commits = {name: commit(args.peers / name) for name in CLONES}
     on = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     machine = heading(on, *(f"{name} at {known[:7]}" for name, known in commits.items()))
