@@ -116,10 +116,10 @@ def test_command_survives_another_drive(monkeypatch):
     assert shlex.split(command("train.py"))[1] == str(ROOT / "train.py")
 
 
-LINES = ["work: 1 of 4", "work: 3 of 4"]
+LINES = [f"work: {done} of 4" for done in (1, 2, 3)]
 
 
-@pytest.mark.parametrize(("seconds", "shown"), [(0.4, []), (3, LINES[:1]), (17, LINES)])
+@pytest.mark.parametrize(("seconds", "shown"), [(0.4, []), (3, LINES[:1]), (17, LINES[::2]), (40, LINES)])
 def test_long_work_is_never_silent(capsys, monkeypatch, seconds, shown):
     """Without a terminal, a line after two seconds and then one every half minute, but none at the end."""
     now, items = 0.0, []
