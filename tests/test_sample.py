@@ -291,3 +291,13 @@ def test_failed_picture_is_not_reported_as_written(generating_run, tmp_path, cap
 
 def test_number_beyond_the_memory_is_refused(capsys, prior_run):
     assert "draw fewer at a time" in refusal(capsys, sample_script, "--run", prior_run, "--num=2147483647")
+
+
+@pytest.mark.parametrize(("bytes_per_image", "fits"), [(8 + 8 * 49 + 784, True), (8 + 8 * 49 + 783, False)])
+def test_memory_check_counts_labels_codes_and_pixels(prior_run, tmp_path, capsys, monkeypatch, bytes_per_image, fits):
+    copy = shutil.copytree(prior_run, tmp_path / "results")
+    monkeypatch.setattr("harness.machine.container_limit", lambda: 5 * bytes_per_image)
+    if fits:
+        draw(copy, "--num=5")
+    else:
+        assert "draw fewer at a time" in refusal(capsys, sample_script, "--run", copy, "--num=5")
