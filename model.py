@@ -185,7 +185,8 @@ class VQVAE(nn.Module):
         z_q = [None if i is None else level.quantizer.lookup(i) for level, i in zip(self.levels, indices)]
         known = [(codes, stride) for codes, stride in zip(z_q, self.strides) if codes is not None]
         if len(indices) != len(self.levels) or not known:
-            raise ValueError(f"got indices of {len(known)} levels, but the model has {len(self.levels)}")
+            found = len(indices) if known else 0
+            raise ValueError(f"got indices of {found} levels, but the model has {len(self.levels)}")
         batch, grid = len(known[0][0]), [length * known[0][1] for length in known[0][0].shape[-2:]]
         z_q = [
             level.average_code(batch, grid[0] // stride, grid[1] // stride) if codes is None else codes

@@ -124,8 +124,10 @@ class VectorQuantizer(nn.Module):
         """Return the codes (B, D, *spatial) of indices (B, *spatial).
 
         Raises:
-            ValueError: indices outside of 0 .. K - 1.
+            ValueError: indices that are not int32 or int64, or outside of 0 .. K - 1.
         """
+        if indices.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"indices are {indices.dtype}, but must be int32 or int64")
         if indices.numel() and not 0 <= indices.min() <= indices.max() < self.codebook_size:
             low, high = int(indices.min()), int(indices.max())
             raise ValueError(f"indices run from {low} to {high}, but the codes are 0 to {self.codebook_size - 1}")

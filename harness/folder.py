@@ -139,6 +139,10 @@ def warn(text: str):
 
 def list_images(folder: Path) -> tuple[list[Path], int, list[str] | None, Tensor | None]:
     """Return a folder's images (training set first), the size of the training set, the class names and all labels."""
+    split = {path.name.casefold(): path for path in folder.iterdir() if path.is_dir()}
+    if {"train", "test"} <= split.keys() and not all((folder / name).is_dir() for name in ("train", "test")):
+        found = f"{printable(split['train'])} and {printable(split['test'])}"
+        raise ValueError(f"{found} would be classes, not the split; rename them to train and test")
     separate = (folder / "test").is_dir()
     train_root = folder / "train" if (folder / "train").is_dir() else folder
     test_root = folder / "test" if separate else train_root
@@ -467,7 +471,7 @@ def read_images(
     """
     images, resized = [], 0
     with pillow_warnings():
-        for path in progress(paths, "reading images"):
+        for path in progress([Path(path) for path in paths], "reading images"):
             try:
                 if is_special(path):
                     raise ValueError("it is a folder or a pipe, not a file")

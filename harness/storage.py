@@ -199,12 +199,16 @@ def new_folder(path: str | Path | None) -> Iterator[Path | None]:
             error=True,
         )
     temporary = path.with_name(f"{stem}.{secrets.token_hex(8)}.tmp")
+    made = [parent for parent in temporary.parents if not parent.exists()]  # the innermost first
     try:
         temporary.mkdir(parents=True)
         with add_path_to_errors(path):
             yield temporary
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for parent in made:
+                parent.rmdir()
         raise
     try:
         with contextlib.suppress(FileNotFoundError):
@@ -503,21 +507,21 @@ def read_metrics(path: Path) -> list[tuple[str, dict]]:
     """Return the complete lines of a metrics file, each with its values by column; an empty value is None.
 
     Raises:
-        Damaged: a step or a measured value is not a number.
+        Damaged: a line has other columns than the header, or a step or a measured value that is not a number.
     """
-    head, *lines = read_text(path).splitlines() or [""]
+    text = read_text(path)
+    head, *lines = text.splitlines() or [""]
     names, rows = head.split(","), []
     for i, line in enumerate(lines, 2):
         try:
             values = dict(zip(names, next(csv.reader([line])), strict=True))
-        except (ValueError, csv.Error):  # a truncated line
-            continue
-        try:
             row = {name: (float(v) if v else None) if name != "dataset" else v for name, v in values.items()}
             rows.append((line, row | {"step": int(values["step"])}))
-        except (ValueError, KeyError):
-            remedy = "repair the line, or move the file away"
-            raise Damaged(f"{path}, line {i}, is not a valid row ({line[:80]}); {remedy}") from None
+        except (ValueError, KeyError, csv.Error):
+            if i > len(lines) and not text.endswith("\n"):
+                break  # the process was killed while it wrote this line
+            remedy = "repair it, or move the file away"
+            raise Damaged(f"{path}, line {i}, does not fit the header in line 1 ({line[:80]}); {remedy}") from None
     return rows
 
 

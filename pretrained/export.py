@@ -44,8 +44,9 @@ def weights_only(state: dict, weights: dict, half: bool) -> dict:
 
 
 def without_paths(args: dict) -> dict:
-    """Return arguments with the default folders instead of the exporting user's."""
-    return args | {name: path for name, path in PATHS.items() if args.get(name) is not None}
+    """Return arguments with the default folders instead of the exporting user's; of a folder of images, its name."""
+    args = args | {name: path for name, path in PATHS.items() if args.get(name) is not None}
+    return args | {"dataset": Path(args["dataset"]).name or "images"} if "dataset" in args else args
 
 
 def read_summary(run: str) -> dict:
@@ -60,7 +61,7 @@ def read_summary(run: str) -> dict:
     content = path.read_bytes()
     try:
         summary = json.loads(content)
-        return summary | {"arguments": without_paths(summary["arguments"])}
+        return without_paths(summary) | {"arguments": without_paths(summary["arguments"])}
     except Exception as error:  # other contents can raise almost any exception
         raise ValueError(f"{path} is damaged, or not a summary of train.py; {remedy}") from error
 

@@ -8,7 +8,7 @@ from harness.storage import PRIOR, load_checkpoint, read_state, write_state
 import export
 import pytest
 import torch
-from conftest import refusal
+from conftest import refusal, save, train
 
 import sample
 import train as script
@@ -58,6 +58,15 @@ def test_exported_checkpoints_hold_weights_alone(prior_run, tmp_path):
         kept = load_checkpoint(out, name)
         assert not any(kept[part] for part in ("optimizer", "muon", "adamw"))
         assert (out / f"{name}.pt").stat().st_size < (prior_run / f"{name}.pt").stat().st_size / 2
+
+
+def test_exported_run_of_a_folder_names_no_path(tmp_path, capsys):
+    for i in range(30):
+        save(tmp_path / "photos" / f"{i}.png", (12, 12))
+    train(tmp_path / "run", f"--dataset={tmp_path / 'photos'}", "--steps=2")
+    out = keep(tmp_path / "run", tmp_path / "kept")
+    assert load_checkpoint(out)["args"]["dataset"] == "photos"
+    assert str(tmp_path) not in (out / "summary.json").read_text()
 
 
 def test_exported_prior_is_the_best_not_the_last(generating_run, tmp_path):

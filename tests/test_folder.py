@@ -656,6 +656,14 @@ def test_warns_of_images_outside_class_folders(folder, capsys):
     assert "no classes: 1 images are not in a class folder" in printed and "logo.png" in printed
 
 
+def test_split_in_capitals_is_refused(folder):
+    """Its names would be those of classes."""
+    for name in ("train", "test"):
+        (folder / name).rename(folder / name.title())
+    with pytest.raises(ValueError, match=r"Train and .*Test would be classes, not the split; rename them"):
+        load(folder)
+
+
 def test_warns_of_folders_beside_train(folder, capsys):
     """A class may be called train, or the test set val."""
     for name in ("val/cat/0.png", "car.png", "results/recon_000010.png"):

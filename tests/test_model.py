@@ -125,7 +125,7 @@ def test_absent_level_is_decoded_as_average_code():
     torch.testing.assert_close(model.decode([torch.full_like(top, 5), bottom]), model.decode([None, bottom]))
 
 
-@pytest.mark.parametrize("levels", [[], ["bottom"], [None, None]], ids=str)
+@pytest.mark.parametrize("levels", [[], ["bottom"], [None, None], ["bottom"] * 4], ids=str)
 def test_decode_refuses_indices_of_other_levels(levels):
     model = make(size=(16, 16), levels=2)
     indices = [level and torch.zeros(1, 4, 4, dtype=torch.int64) for level in levels]

@@ -585,6 +585,8 @@ def test_wrong_input_says_what_was_needed():
         vq(torch.zeros(2, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match="from 0 to 8, but the codes are 0 to 7"):
         vq.lookup(torch.tensor([[0, 8]]))
+    with pytest.raises(ValueError, match="indices are torch.float32, but must be int32 or int64"):
+        vq.lookup(torch.zeros(2, 3))
 
 
 @pytest.mark.parametrize("options", [{"codebook_size": 0}, {"code_dim": -1}, {"decay": 1.0}, {"revive_below": 2.0}])

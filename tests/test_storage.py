@@ -418,6 +418,25 @@ def test_metrics_are_trimmed_to_a_step(tmp_path, text, kept):
     path.write_text(text, errors="surrogateescape")
     trim_metrics(path, 10)
     assert (path.read_text() if path.exists() else None) == kept
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "step,loss,note\n5,1\n10,2\n",
+        "step,loss\n5,1,\n10,2,\n",
+        "# my runs\nstep,loss\n5,1\n",
+        "step;loss\n5;1\n10;2\n",
+        "step,loss\n5\n10,2\n",
+    ],
+)
+def test_metrics_edited_by_hand_are_never_dropped(tmp_path, text):
+    """Only a kill leaves an incomplete line, which is then the last one."""
+    path = tmp_path / "metrics.csv"
+    path.write_text(text)
+    with pytest.raises(Damaged, match="does not fit the header in line 1"):
+        trim_metrics(path, 10)
+    assert path.read_text() == text
     trim_metrics(tmp_path / "missing.csv", 10)
 
 
@@ -431,7 +450,7 @@ def test_word_in_the_metrics_is_named_before_training(generating_run, capsys, na
     path.write_text("\n".join([*lines[:2], ",".join(cells), *lines[3:], ""]))
     forged = path.read_bytes()
     printed = refusal(capsys, call, f"--resume={generating_run}", "--steps=31")
-    assert f"{path}, line 3, is not a valid row" in printed and "move the file away" in printed
+    assert f"{path}, line 3, does not fit the header in line 1" in printed and "move the file away" in printed
     assert path.read_bytes() == forged
     path.unlink()
     call.main(call.parse_args([f"--resume={generating_run}", "--steps=31"]))
@@ -447,6 +466,13 @@ def test_new_folder_replaces_only_an_empty_one(tmp_path):
         (folder / "a").write_text("")
         assert not (tmp_path / "empty" / "a").exists()
     assert (tmp_path / "empty" / "a").exists()
+
+
+def test_failed_new_folder_leaves_no_empty_folders(tmp_path):
+    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "a" / "b" / "out"):
+        assert (tmp_path / "a" / "b").is_dir()
+        1 / 0  # noqa: B018
+    assert not list(tmp_path.iterdir())
 
 
 def test_new_folder_may_have_the_longest_name(tmp_path):
