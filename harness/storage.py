@@ -194,10 +194,7 @@ def new_folder(path: str | Path | None) -> Iterator[Path | None]:
         raise ValueError(f"--out {given} exists already; name a new folder")
     stem = path.name[:50]  # leaves room for the suffix: a name may have 255 bytes
     for left in path.parent.glob(glob.escape(stem) + TEMPORARY[1:]):
-        say(
-            f"{left} is left from an --out that was killed; delete it, unless a command still writes it",
-            error=True,
-        )
+        say(f"{left} is left from an --out that was killed; delete it, unless a command still writes it", error=True)
     temporary = path.with_name(f"{stem}.{secrets.token_hex(8)}.tmp")
     made = [parent for parent in temporary.parents if not parent.exists()]  # the innermost first
     try:
