@@ -12,6 +12,7 @@ from harness.cli import make_parser, progress, say, user_errors
 from harness.data import batches, chunks, dataset_of, to_pixels, to_uint8
 from harness.folder import Images
 from harness.machine import pick_device
+from harness.run import eval_mode
 from harness.storage import load_checkpoint, lock_folder, new_folder, writable_folder, write_whole
 
 import numpy as np
@@ -26,7 +27,6 @@ from quantizer import perplexity
 from reconstruct import write_reconstructions
 
 
-@torch.inference_mode()
 def evaluate(model: VQVAE, images: Images) -> tuple[dict[str, float], list[Tensor]]:
     """Reconstruct uint8 images (N, C, H, W) in float32, in chunks; the metrics are over all of them.
 
@@ -34,19 +34,17 @@ def evaluate(model: VQVAE, images: Images) -> tuple[dict[str, float], list[Tenso
         test_mse, test_psnr (dB), test_ssim, and perplexity and codes_used of each level;
         and how often each code of each level was used, (K,) int64.
     """
-    was_training = model.training
-    model.eval()
     device = model.mean.device
     errors, counts, order = [], [0] * len(model.levels), chunks(len(images), images.shape[-2:])
-    for batch in progress(batches(images, order, device), "measuring", len(order)):
-        x = to_pixels(batch, device)
-        out = model(x)
-        x_recon = out.x_recon.clamp(0, 1)
-        mse = (x_recon - x).square().mean((1, 2, 3))
-        errors.append(torch.stack([mse, -10 * mse.clamp(min=1e-12).log10(), ssim(x_recon, x)]).cpu().double())
-        for i, (level, quantized) in enumerate(zip(model.levels, out.quantized)):
-            counts[i] = counts[i] + level.quantizer.count(quantized.indices).cpu()
-    model.train(was_training)
+    with eval_mode(model):
+        for batch in progress(batches(images, order, device), "measuring", len(order)):
+            x = to_pixels(batch, device)
+            out = model(x)
+            x_recon = out.x_recon.clamp(0, 1)
+            mse = (x_recon - x).square().mean((1, 2, 3))
+            errors.append(torch.stack([mse, -10 * mse.clamp(min=1e-12).log10(), ssim(x_recon, x)]).cpu().double())
+            for i, (level, quantized) in enumerate(zip(model.levels, out.quantized)):
+                counts[i] = counts[i] + level.quantizer.count(quantized.indices).cpu()
     measured = dict(zip(("test_mse", "test_psnr", "test_ssim"), torch.cat(errors, 1).mean(1).tolist()))
     for name, uses in zip(model.level_names, counts):
         measured |= usage(uses, name)
@@ -120,7 +118,7 @@ def through_jpeg(image: Tensor) -> np.ndarray:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser("Measure a trained VQ-VAE on the test images; write evaluation.json beside its checkpoint.")
     parser.add_argument("--run", default="results", help="folder of the run")
-    parser.add_argument("--data-dir", help="folder of the data set, if it has moved since training")
+    parser.add_argument("--data-dir", help="folder of the data set, if it has moved; missing ones are downloaded to it")
     parser.add_argument("--jpeg", action="store_true", help="also measure through JPEG files, as CVQ-VAE's code does")
     parser.add_argument("--out", metavar="DIR", help="new folder for originals/, reconstructions/ and codes.npz")
     return parser.parse_args(argv)

@@ -13,6 +13,7 @@ from harness.cli import command, make_parser, number, progress, say, user_errors
 from harness.data import chunks
 from harness.folder import read_images
 from harness.machine import check_room, pick_device
+from harness.run import eval_mode
 from harness.storage import PRIOR, load_checkpoint, lock_folder, new_folder, writable_folder
 
 import torch
@@ -107,24 +108,19 @@ def draw(model: VQVAE, prior: Prior, labels: Tensor, seed: int = 0, given: Tenso
     return render(model, draw_codes(model, prior, labels, seed, given, **options))
 
 
-@torch.inference_mode()
 def draw_codes(
     model: VQVAE, prior: Prior, labels: Tensor, seed: int = 0, given: Tensor | None = None, **options
 ) -> list[Tensor]:
     """Draw the codes of an image for each label, like `draw`: the indices (N, h, w) of each level or scale."""
     device = prior.level_at.device
     options = {"temperature": TEMPERATURE, "top_p": TOP_P, "guidance": GUIDANCE} | options
-    was_training = prior.training
-    prior.eval()
-    generator = torch.Generator(device).manual_seed(seed)
-    codes = []
-    order = chunks(len(labels), model.image_size, most=500)
-    for part in progress(order, "drawing, parts"):
-        kept = None if given is None else given[part].to(device)
-        steps = functools.partial(progress, what="drawing, steps")
-        options |= {"given": kept, "generator": generator, "progress": steps}
-        codes.append(generate(prior, labels[part].to(device), **options))
-    prior.train(was_training)
+    options |= {"generator": torch.Generator(device).manual_seed(seed)}
+    options |= {"progress": functools.partial(progress, what="drawing, steps")}
+    codes, order = [], chunks(len(labels), model.image_size, most=500)
+    with eval_mode(prior):
+        for part in progress(order, "drawing, parts"):
+            kept = None if given is None else given[part].to(device)
+            codes.append(generate(prior, labels[part].to(device), given=kept, **options))
     levels = torch.cat(codes).split(prior.sizes, 1)
     return [level.unflatten(1, grid) for level, grid in zip(levels, prior.grids)]
 

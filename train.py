@@ -88,7 +88,7 @@ def main(args: argparse.Namespace):
         forward = run.parallel(model)
 
     with run:
-        if run.unreported:  # the process was killed between a checkpoint and its report
+        if run.unreported:  # the checkpoint came before its report, which may be missing
             report(run, model, means, data, test_images)
 
         for step, images in run.steps(data.train_images):

@@ -15,7 +15,7 @@ from harness import figures
 from harness.cli import command, make_parser, number, progress, say, user_errors
 from harness.data import Dataset, dataset_of
 from harness.machine import check_memory, from_rank_0
-from harness.run import Means, Run, add_run_flags, parse_run_args
+from harness.run import Means, Run, add_run_flags, eval_mode, parse_run_args
 from harness.storage import PRIOR, Damaged, load_checkpoint, read_state, write_state
 
 import numpy as np
@@ -38,7 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser("Train a prior over the codes of a run of train.py; save it in the run's folder.")
     positive, rate = number(int, 1, 2**31), number(float, 0, 1e30)
     parser.add_argument("--run", default="results", help="folder of the run of train.py")
-    parser.add_argument("--data-dir", help="folder of the data set, if it has moved since training")
+    parser.add_argument("--data-dir", help="folder of the data set, if it has moved; missing ones are downloaded to it")
     group = parser.add_argument_group("model")
     group.add_argument("--width", type=positive, default=192, help="channels of the transformer")
     group.add_argument("--depth", type=number(int, 1, 1000), default=4, help="blocks of the transformer")
@@ -92,7 +92,7 @@ def main(args: argparse.Namespace):
         forward = run.parallel(prior)
 
     with run:
-        if run.unreported:  # the process was killed between a checkpoint and its report
+        if run.unreported:  # the checkpoint came before its report, which may be missing
             report(run, model, prior, best, means, codes)
 
         for step, batch in run.steps(train):
@@ -216,17 +216,14 @@ def held_out_split(rows: Tensor) -> tuple[Tensor, Tensor]:
     return rows[order[share:]], rows[order[:share]]
 
 
-@torch.inference_mode()
 def nats(prior: Prior, rows: Tensor, any_class: bool = False) -> float:
     """Return the cross-entropy per code, in nats and float32, of rows (N, 1 + T): a label, then the codes."""
-    was_training = prior.training
-    prior.eval()
     total = 0.0
-    for batch in progress(rows.to(prior.level_at.device).split(50), "measuring the prior"):
-        labels, codes = batch[:, 0], batch[:, 1:]
-        logits = prior(codes, torch.full_like(labels, prior.classes) if any_class else labels)
-        total += F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="sum").item()
-    prior.train(was_training)
+    with eval_mode(prior):
+        for batch in progress(rows.to(prior.level_at.device).split(50), "measuring the prior"):
+            labels, codes = batch[:, 0], batch[:, 1:]
+            logits = prior(codes, torch.full_like(labels, prior.classes) if any_class else labels)
+            total += F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="sum").item()
     return total / rows[:, 1:].numel()
 
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import threading
 
 # If a standard stream is closed, the next file opened gets its number, and would receive the warnings of libraries.
 for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -18,7 +19,13 @@ def excepthook(kind, error, traceback):
         sys.__excepthook__(kind, error, traceback)
 
 
-sys.excepthook = excepthook
+def thread_excepthook(failed):
+    """Say nothing of a full disk in TensorBoard's thread: its writer raises the error again, and the run reports it."""
+    if not type(failed.thread).__module__.startswith("tensorboard"):
+        threading.__excepthook__(failed)
+
+
+sys.excepthook, threading.excepthook = excepthook, thread_excepthook
 
 logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns on import if it cannot write to the home folder
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from harness.cli import fail, say
 from harness.data import chunks, to_pixels
+from harness.run import eval_mode
 from harness.storage import Damaged, read_metrics, whole_file
 
 import numpy as np
@@ -46,7 +47,6 @@ def images_per_row(width: int) -> int:
     return min(12, max(4, WIDTH // width))
 
 
-@torch.inference_mode()
 def save_reconstructions(path: Path, model: nn.Module, images: Tensor, title: str):
     """Draw the first images (N, C, H, W) uint8, each above its reconstruction.
 
@@ -56,14 +56,12 @@ def save_reconstructions(path: Path, model: nn.Module, images: Tensor, title: st
     columns, size = images_per_row(images.shape[-1]), images.shape[-2:]
     names = ["original", *views(model, [None] * len(model.map_names))]
     shown = min(len(images), columns * max(1, ROWS // len(names)))
-    was_training = model.training
-    model.eval()
     rows = []
-    for chunk in chunks(shown, size):
-        x = to_pixels(images[chunk], model.mean.device)
-        made = [model.decode(indices, size) for indices in views(model, model.encode(x)).values()]
-        rows.append(torch.stack([x, *made]).cpu())
-    model.train(was_training)
+    with eval_mode(model):
+        for chunk in chunks(shown, size):
+            x = to_pixels(images[chunk], model.mean.device)
+            made = [model.decode(indices, size) for indices in views(model, model.encode(x)).values()]
+            rows.append(torch.stack([x, *made]).cpu())
     groups = torch.cat(rows, 1).split(columns, 1)  # (names, columns, C, H, W) each
     save_grid(path, [row for group in groups for row in group], title, names * len(groups))
 
@@ -204,19 +202,17 @@ def plot_columns(ax: Axes, rows: list[dict], kind: str, **style):
         ax.plot(*zip(*points), **{"label": name.replace("_", " "), **style})
 
 
-@torch.inference_mode()
 def save_codebooks(path: Path, model: nn.Module, images: Tensor, counts: list[Tensor], title: str):
     """Draw each level's codes, sized by their counts (K,), among the vectors they replace, and how often each is used.
 
     The vectors are the encoder's outputs, or with scales their residuals. All are projected onto the two directions in
     which the vectors vary most (PCA).
     """
-    was_training = model.training
-    model.eval()
-    z_e = model.z_e(to_pixels(images[chunks(len(images), images.shape[-2:])[0]], model.mean.device))
-    if model.scales:
-        z_e = [model.levels[0].quantizer.residuals(z_e[0])]
-    model.train(was_training)
+    first = images[chunks(len(images), images.shape[-2:])[0]]
+    with eval_mode(model):
+        z_e = model.z_e(to_pixels(first, model.mean.device))
+        if model.scales:
+            z_e = [model.levels[0].quantizer.residuals(z_e[0])]
     codebooks = [level.quantizer.codebook.detach() for level in model.levels]
     names = [f"{name} " * bool(name) for name in model.level_names]
     height = 6 * len(names)  # inches

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import functools
 import json
+import math
 import os
 import signal
 import sys
@@ -117,6 +118,18 @@ def is_finished(folder: str | Path, name: str, progress: dict, steps: int) -> bo
     return False
 
 
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Use a model in eval mode and without gradients, to measure or draw; then return it to the mode that it had."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)
+
+
 class NamedMeans(dict):
     """Means by name; those of a checkpoint may lack some."""
 
@@ -177,7 +190,7 @@ class Run:
         folder, device: where it writes, and where it computes.
         rank, world_size: this process's number, and how many processes there are.
         step: training steps done, including the current one.
-        unreported: whether the process died between a checkpoint and the measurements and pictures of that step.
+        unreported: whether the checkpoint was saved before its step was measured and drawn, which is then done again.
     """
 
     def __init__(self, args: argparse.Namespace, name: str):
@@ -234,7 +247,10 @@ class Run:
         if changed := [flag_of(option) for option in changed if option not in own]:
             return None, f"it was started with other flags ({', '.join(changed)})"
         if checkpoint["code"] != self.code:
-            return None, "the code has changed since; to continue that run, give --resume its new folder"
+            remedy = "give --resume its new folder"
+            if self.name == storage.PRIOR:  # the VQ-VAE stays where it is
+                remedy = f"stop this one, move its files back, and give --resume {self.folder}"
+            return None, f"the code has changed since; to continue that run, {remedy}"
         return checkpoint, ""
 
     def begin(self, count: int, what: str, **identity):
@@ -282,7 +298,8 @@ class Run:
                 storage.move_aside(self.folder, FILES[self.name], self.move_reason)
             where = f"{self.device.type} in {self.args.precision}"
             where += f", {self.world_size} processes" if self.world_size > 1 else ""
-            if self.checkpoint and self.name == storage.CHECKPOINT:
+            left = self.checkpoint and self.checkpoint["progress"]["step"] < self.args.steps
+            if left and self.name == storage.CHECKPOINT:
                 storage.warn_of_stale_prior(self.folder)
             resuming = f", resuming from step {self.checkpoint['progress']['step']:,}" if self.checkpoint else ""
             say(f"training on {count:,} {what}, on {where}{resuming}")
@@ -411,7 +428,7 @@ class Run:
         return step % self.args.save_every == 0 or step in (self.args.steps, self.saved)
 
     def save(self):
-        """Write the checkpoint. All ranks call it, before anything is measured, drawn or printed at that step."""
+        """Write the checkpoint. All ranks call it, at each step first before anything is measured or drawn."""
         self._read_clock()
         state = {name: dict(v) if isinstance(v, dict) else v.state_dict() for name, v in self.kept.items()}
         progress = {"step": self.step, "logged": self.logged, "seconds": self.seconds}
@@ -439,6 +456,9 @@ class Run:
         storage.check_owner(self.folder)
         path = self.folder / f"{PREFIX[self.name]}metrics.csv"
         row = {"step": self.step} | {k: printable(v) if isinstance(v, str) else v for k, v in row.items()}
+        numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
+        if not all(map(math.isfinite, numbers.values())):  # the weights are finite, but what they compute is not
+            raise FloatingPointError("a measured loss is NaN or infinite; lower the learning rate")
         header = ",".join(row) + "\n"
         if not path.exists() or not path.stat().st_size:
             storage.write_whole(path, header)
@@ -448,7 +468,6 @@ class Run:
             if found != header:
                 raise storage.Damaged(f"{path} has other columns than this run; move it away")
         storage.append_row(path, list(row.values()))
-        numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
         if self.writer:
             with storage.add_path_to_errors(self.folder):
                 for name, value in numbers.items():
@@ -526,19 +545,7 @@ class Run:
         except OSError as failed:  # TensorBoard's writer, on a full disk
             error = error or failed
         if failure := self._failure(error):
-            message = f"{failure[0]} after step {self.step}: {failure[1]}"
-            if isinstance(error, storage.Damaged):  # its message names the remedy
-                fail(message, code=1)
-            with contextlib.suppress(ValueError, OSError):
-                progress = storage.load_checkpoint(self.folder, self.name)["progress"]
-                if is_finished(self.folder, self.name, progress, self.args.steps):
-                    fail(message, code=1)
-                saved = progress["step"]
-                if isinstance(error, FloatingPointError) and saved == self.step:  # finite weights, infinite results
-                    message += "; its checkpoint would diverge again: start over with --fresh and a lower rate"
-                else:
-                    message += f"; the checkpoint of step {saved} is intact; to resume: {self._resume_command(error)}"
-            fail(message, code=1)
+            fail(f"{failure[0]} after step {self.step}: {failure[1]}{self._remedy(error)}", code=1)
 
     def _failure(self, error: BaseException | None) -> tuple[str, str] | None:
         """Return how and why a run failed, or None if nothing failed or the cause is our own bug."""
@@ -555,13 +562,34 @@ class Run:
             return "cannot continue", f"--compile failed ({text[:200]})"
         return None
 
-    def _resume_command(self, error: BaseException) -> str:
+    def _remedy(self, error: BaseException) -> str:
+        """Return how to resume from the last checkpoint, as the end of a message; "" if there is nothing to resume."""
+        if isinstance(error, storage.Damaged):  # its message names a remedy
+            return ""
+        try:
+            saved = storage.load_checkpoint(self.folder, self.name)
+        except (ValueError, OSError):
+            return ""
+        step = saved["progress"]["step"]
+        if isinstance(error, FloatingPointError) and step == self.step:  # finite weights, infinite results
+            return "; its checkpoint would diverge again: start over with --fresh and a lower rate"
+        if is_finished(self.folder, self.name, saved["progress"], self.args.steps):
+            return ""
+        return f"; the checkpoint of step {step} is intact; to resume: {self._resume_command(error, saved['args'])}"
+
+    def _resume_command(self, error: BaseException, saved: dict) -> str:
+        """Return the command that resumes this run, with the flags that differ from the arguments in its checkpoint."""
+        fixed = {"fresh", "resume", FOLDER_OPTION[self.name]}
+        flags = {k: v for k, v in vars(self.args).items() if k not in fixed and v not in (None, saved.get(k))}
+        if failed_to_compile(error):
+            flags["compile"] = False
+        if isinstance(error, FloatingPointError):  # with the same rates, it would diverge again
+            flags |= {k: f"{getattr(self.args, k) / 2:g}" for k in LEARNING_RATES if hasattr(self.args, k)}
+        words = ["--resume", self.folder]
+        for option, value in flags.items():
+            switch = isinstance(value, bool)
+            words += [flag_of(option if value else f"no_{option}")] if switch else [flag_of(option), value]
         start = "" if self.world_size == 1 else "torchrun ..."
-        words = ["--resume", self.folder] + ["--no-compile"] * failed_to_compile(error)
-        # With the same rates, a run that diverged would diverge again.
-        for option in LEARNING_RATES if isinstance(error, FloatingPointError) else ():
-            if hasattr(self.args, option):
-                words += [flag_of(option), f"{getattr(self.args, option) / 2:g}"]
         return command(storage.SCRIPTS[self.name], *words, start=start)
 
 

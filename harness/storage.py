@@ -388,7 +388,8 @@ def writable_folder(path: str | Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise NotADirectoryError(f"{folder} needs to be a folder, but is a file or inside one") from error
+        found = "is a file, inside one, or a link to nowhere"
+        raise NotADirectoryError(f"{folder} needs to be a folder, but {found}") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(f"cannot write to the folder {folder}; change its permissions or choose another")
     return folder
@@ -443,12 +444,14 @@ def lock_folder(folder: Path) -> filelock.BaseFileLock:
         ValueError: another process holds it.
     """
     # A singleton, since a process that lives on after a refused run, such as a notebook, may still hold the lock.
-    lock, (pid, alive) = filelock.FileLock(folder.resolve() / ".lock", is_singleton=True), lock_owner(folder)
+    lock = filelock.FileLock(folder.resolve() / ".lock", is_singleton=True, fallback_to_soft=False)
+    pid, alive = lock_owner(folder)
     # A killed run holds its lock until all its processes have ended; some take seconds to see that the first is dead.
     patience = 10 if pid and not alive else 0
     try:
         lock.acquire(timeout=patience)
     except filelock.Timeout:
+        pid, _ = lock_owner(folder)  # it may have started since
         remedy = "wait for it, stop it, or name another folder"
         raise ValueError(f"another run, process {pid or 'unknown'}, is writing into {folder}; {remedy}") from None
     except (OSError, NotImplementedError) as error:

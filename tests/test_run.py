@@ -10,8 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import harness
 from harness import run
 from harness.data import batch_indices, load_dataset
 from harness.run import Means, Run, format_duration, format_number
@@ -473,6 +475,15 @@ def test_full_disk_at_the_end_is_one_line(tmp_path, capsys, monkeypatch):
     assert done.returncode == 0, done.stderr  # the folder is not locked
 
 
+def test_thread_of_tensorboard_says_nothing(capsys):
+    """On a full disk, its writer raises the error again in the main thread."""
+    writer = type("Writer", (), {"__module__": "tensorboard.summary.writer.event_file_writer"})()
+    for thread in (writer, threading.current_thread()):
+        error = OSError(errno.ENOSPC, "No space left on device")
+        harness.thread_excepthook(threading.ExceptHookArgs([OSError, error, None, thread]))
+        assert ("No space left" in capsys.readouterr().err) == (thread is not writer)
+
+
 def test_fresh_run_goes_on_without_the_flag(tmp_path, stop_at, finished_run):
     stop_at(13, tmp_path, *STEPS, "--fresh")
     train(tmp_path, *STEPS)
@@ -673,6 +684,20 @@ def test_prior_moves_aside_after_vqvae_resumes(generating_run, stop_at, capsys):
     assert "1 (processes) and 1425 (training images)" in printed
 
 
+def test_resume_command_keeps_changed_flags(trained_run, capsys, in_step):
+    """Without them, it would train at the old rate, or not at all."""
+
+    def fail():
+        raise OSError("no disk")
+
+    in_step(33, fail)
+    flags = ["--steps=40", "--lr=0.5", "--log-every=7", "--tensorboard", "--precision=float32"]
+    with pytest.raises(SystemExit):
+        script.main(script.parse_args([f"--resume={trained_run}", *flags]))
+    words = shlex.split(capsys.readouterr().err.strip().split("to resume: ")[1])[2:]
+    assert vars(script.parse_args(words)) == vars(script.parse_args([f"--resume={trained_run}", *flags]))
+
+
 def test_resume_command_can_be_pasted(tmp_path, capsys):
     """Whatever the folder's name."""
     folder = tmp_path / "my run's"
@@ -822,6 +847,15 @@ def test_going_on_keeps_and_names_the_prior(generating_run, capsys):
     assert (generating_run / "prior.pt").read_bytes() == before
     printed = refusal(capsys, sample, f"--run={generating_run}")
     assert "(step 30) than the one in this folder (step 31); train it again" in printed
+
+
+def test_prior_still_fits_if_no_step_is_left(generating_run, capsys):
+    """The run was killed while it measured its last step; measuring again changes no weight."""
+    (generating_run / "summary.json").unlink()
+    script.main(script.parse_args([f"--resume={generating_run}"]))
+    assert (generating_run / "summary.json").is_file()
+    assert "belongs to the VQ-VAE" not in capsys.readouterr().out
+    sample.main(sample.parse_args([f"--run={generating_run}"]))
 
 
 def test_ctrl_c_of_the_group_spares_workers(folder, tmp_path):

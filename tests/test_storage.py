@@ -364,6 +364,29 @@ def test_file_system_without_locks_is_named(trained_run, capsys, monkeypatch, er
     assert f"{trained_run} cannot be locked" in refusal(capsys, evaluate, f"--run={trained_run}")
 
 
+def test_no_marker_file_stands_for_a_lock(trained_run, capsys, monkeypatch):
+    """It would outlive a killed run."""
+
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert f"{trained_run} cannot be locked" in refusal(capsys, evaluate, f"--run={trained_run}")
+
+
+def test_run_that_has_just_started_is_named(tmp_path, monkeypatch):
+    """When this one looked first, .lock.pid still held the process of the run before."""
+    owners = [(None, False), (77, True)]
+    monkeypatch.setattr(storage, "lock_owner", lambda folder: owners.pop(0))
+
+    def acquire(lock, **options):
+        raise storage.filelock.Timeout(lock.lock_file)
+
+    monkeypatch.setattr(storage.filelock.BaseFileLock, "acquire", acquire)
+    with pytest.raises(ValueError, match="another run, process 77, is writing"):
+        storage.lock_folder(tmp_path)
+
+
 @pytest.mark.parametrize(("place", "name"), [(torch, "load"), (torch.Tensor, "isfinite")])
 def test_lack_of_memory_is_no_damage(trained_run, capsys, monkeypatch, place, name):
     """Nobody should replace a good checkpoint by the one before it."""
@@ -397,6 +420,8 @@ def test_unwritable_folder_is_refused_before_data_loads(capsys, trained_run, mon
     (trained_run / "file").write_text("")
     assert "needs to be a folder" in refusal(capsys, script, f"--out-dir={trained_run / 'file'}")
     assert "needs to be a folder" in refusal(capsys, script, f"--out-dir={trained_run / 'file' / 'results'}")
+    (trained_run / "link").symlink_to("nowhere")
+    assert "or a link to nowhere" in refusal(capsys, script, f"--out-dir={trained_run / 'link'}")
     monkeypatch.setattr(os, "access", lambda *_: False)  # the tests may run as root, who may write anywhere
     assert "cannot write to the folder" in refusal(capsys, script, f"--out-dir={trained_run}")
     assert "cannot write to the folder" in refusal(capsys, script, f"--resume={trained_run}", "--steps=40")

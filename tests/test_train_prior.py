@@ -271,6 +271,32 @@ def test_earlier_prior_moves_to_a_dated_folder(generating_run, capsys):
     assert (generating_run / "checkpoint.pt").read_bytes() == vqvae
 
 
+def test_prior_of_other_code_says_how_to_go_on(generating_run, capsys, stop_at):
+    """Its dated folder holds no VQ-VAE, and cannot be resumed where it is."""
+    flags = ["--steps=6", "--seed=1"]
+    stop_at(3, generating_run, *flags, call=train_prior)
+    before = load_checkpoint(generating_run, "prior")
+    storage.save_checkpoint(generating_run, before | {"code": "that of another day"}, "prior")
+    train_prior(generating_run, *flags)
+    printed = capsys.readouterr().out
+    assert f"stop this one, move its files back, and give --resume {generating_run}" in printed
+    archive = generating_run / re.findall(r"moved .* to (\S+):", printed)[-1]
+    for path in archive.iterdir():
+        path.replace(generating_run / path.name)
+    script.main(script.parse_args([f"--resume={generating_run}"]))
+    assert "resuming from step 3" in capsys.readouterr().out
+
+
+def test_diverged_prior_is_one_line(trained_run, capsys):
+    """Its weights are finite, but what they compute is not."""
+    with pytest.raises(SystemExit) as diverged:
+        train_prior(trained_run, "--steps=1", "--lr=1e25")
+    printed = capsys.readouterr().err
+    assert diverged.value.code == 1 and printed.count("\n") == 1 and "diverged after step 1" in printed
+    assert printed.endswith("start over with --fresh and a lower rate\n")
+    assert not (trained_run / "prior_metrics.csv").exists()
+
+
 @pytest.mark.parametrize("way", ["same command", "--resume"])
 def test_unfinished_prior_of_other_vqvae_makes_way(generating_run, capsys, stop_at, way):
     """The same command starts anew; --resume, which asks for that prior, is refused."""
