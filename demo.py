@@ -11,6 +11,7 @@ import html
 import io
 import math
 import os
+import socket
 import tempfile
 import traceback
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from harness.cli import command, make_parser, number, say, user_errors
 from harness.data import chunks, dataset_of, first_images
 from harness.figures import code_colors, psnr
 from harness.folder import FORMATS, decode, pillow_warnings, reason_of
-from harness.machine import pick_device
+from harness.machine import out_of_memory, pick_device
 from harness.storage import checkpoint_path, load_checkpoint
 
 import numpy as np
@@ -43,7 +44,7 @@ except ImportError:
 
 ASSETS = Path(__file__).parent / "assets"
 RUNS = ("results", "pretrained/mnist")  # the first that holds a checkpoint is shown
-MAX_BYTES, MAX_PIXELS = 5 * 2**20, 2**24  # of an upload
+MAX_BYTES, MAX_PIXELS = 5 * 2**20, 16 * 10**6  # of an upload
 EXAMPLES, EXAMPLE_PIXELS = 1000, 2**22  # at most this many images, and this many pixels, per palette
 PALETTE = 1024  # at most this many codes in a palette: the most used ones
 SHOWN, DRAWN = 32, 20  # images to pick from, and new ones drawn at once
@@ -117,14 +118,14 @@ def make_palette(model: VQVAE, levels: list[Tensor], level: int) -> tuple[list[i
     from a grid filled with that code.
     """
     grid, uses = tuple(levels[level].shape[1:]), model.levels[level % len(model.levels)].quantizer.ema_counts.cpu()
-    whole = [model.strides[-1] * side for side in levels[-1].shape[1:]]  # of the images, with what pads them
+    whole = [model.strides[-1] * side for side in levels[-1].shape[1:]]  # height and width of the images, with padding
     codes = uses.topk(min(PALETTE, len(uses))).indices
-    field, size = (grid, whole) if model.scales else ((4, 4), [4 * model.strides[level]] * 2)  # whole at both levels
+    field, size = (grid, whole) if model.scales else ((4, 4), [4 * model.strides[level]] * 2)
     alone = [None] * len(levels)
     alone[level] = codes[:, None, None].expand(-1, *field)
     middle = (field[0] - 1) // 2 * field[1] + (field[1] - 1) // 2  # away from the edge
     means = patches_of(render(model, alone, size), field).unflatten(0, (len(codes), -1))[:, middle]
-    place = torch.full((len(uses),), len(codes))  # of each code in the palette; a last place for all others
+    place = torch.full((len(uses),), len(codes))  # each code's place in the palette; all others share a last one
     place[codes] = torch.arange(len(codes))
     sums, counts = torch.zeros(len(codes) + 1, *means.shape[1:]), torch.zeros(len(codes) + 1)
     for part in chunks(len(levels[0]), model.image_size):
@@ -166,7 +167,7 @@ def read_image(content: bytes, page: Page) -> Tensor:
             with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
                 pixels = math.prod(opened.size)
             if pixels > MAX_PIXELS:
-                raise ValueError(f"it has {pixels / 1e6:.0f} million pixels; the limit is {MAX_PIXELS / 1e6:.0f}")
+                raise ValueError(f"it has {pixels / 1e6:.1f} million pixels; the limit is {MAX_PIXELS // 10**6}")
             model, background = page.model, page.checkpoint["args"]["background"]
             return decode(io.BytesIO(content), model.channels, model.image_size, background)
     except Exception as error:  # damaged files surface as almost any exception
@@ -354,10 +355,8 @@ def edit_tab(page: Page) -> list:
     names = [f"image {i + 1}" for i in shown]
     examples = tiles(image_tiles(page.examples[:SHOWN], names, shown), elem_id="examples")
     with gr.Accordion("Or upload one, or draw one", open=False, elem_id="own"):
-        own = (
-            f"It may have {MAX_BYTES // 2**20} MB and {MAX_PIXELS // 10**6} million pixels. It is cropped to the shape"
-        )
-        text(sentence(f"{own} of the training images, and the upload is deleted at once."))
+        limits = f"{MAX_BYTES // 2**20} MB and {MAX_PIXELS // 10**6} million pixels"
+        text(sentence(f"At most {limits}; cropped to the shape of the training images. The upload is deleted at once."))
         upload = gr.UploadButton("Upload an image", size="sm", file_types=["image"], elem_id="upload")
         options = {"height": model.image_size[0], "width": model.image_size[1], "color": model.channels > 1}
         canvas = text(elem_id="canvas", js_on_load=script("demo_canvas.js"), **options)
@@ -489,9 +488,11 @@ def listen(event, function, inputs, outputs, progress="hidden"):
             return function(data, *values)
         except (ValueError, OSError) as error:
             message = str(error)
-        except Exception:
-            traceback.print_exc()
-            message = "This failed because of a bug in demo.py; the terminal that runs it shows the details."
+        except Exception as error:
+            message = "The memory is used up; try again when other programs have ended."
+            if not out_of_memory(error):
+                traceback.print_exc()
+                message = "This failed because of a bug in demo.py; the terminal that runs it shows the details."
         gr.Warning(html.escape(message), title="Not done")
         return [gr.skip()] * len(outputs) if len(outputs) > 1 else gr.skip()
 
@@ -512,9 +513,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser("Serve a page that shows the codes of a run of train.py and lets you change them.")
     runs = [run for run in RUNS if checkpoint_path(run).is_file()]
     parser.add_argument("--run", default=[*runs, RUNS[0]][0], help="folder of the run")
-    parser.add_argument("--data-dir", help="folder of the data set, if it has moved since training")
-    parser.add_argument("--host", default="127.0.0.1", help="address to serve on; others may be open to a network")
-    parser.add_argument("--port", type=number(int, 0, 65536), help="port to serve on; default: first free from 7860")
+    parser.add_argument("--data-dir", help="folder of the data set, if it has moved; missing ones are downloaded to it")
+    parser.add_argument("--host", default="127.0.0.1", help="address to serve on; 0.0.0.0: open to the network")
+    parser.add_argument("--port", type=number(int, 1, 65536), help="port to serve on; default: first free from 7860")
     return parser.parse_args(argv)
 
 
@@ -523,19 +524,30 @@ def main(args: argparse.Namespace):
         if gr is None:
             raise ValueError("the page needs gradio: pip install -r requirements-demo.txt")
         os.environ["GRADIO_TEMP_DIR"] = folder  # uploads, which are deleted with it
-        if args.host not in LOOPBACK:
-            say(f"*** WARNING: anyone who can reach {args.host} can use this page: it has no password", error=True)
+        host = args.host.strip("[]")  # around an IPv6 address
+        if host not in LOOPBACK:
+            say(f"*** WARNING: anyone who can reach {host} can use this page: it has no password", error=True)
+        check_address(host, args.port)
         app = build(load_page(args.run, args.data_dir, pick_device()[0]), args.run)
-        launch(app, args.host, args.port)
+        launch(app, host, args.port)
         say(f"open {app.local_url} in a browser; press Ctrl-C to stop")
         app.block_thread()
+
+
+def check_address(host: str, port: int | None):
+    """Raise ValueError if nothing can be served there: gradio would try a wrong host for minutes."""
+    try:
+        socket.create_server((host, port or 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except (OSError, UnicodeError) as error:
+        where = f"--host {host}" + (f" --port {port}" if port else "")
+        raise ValueError(f"the page cannot be served at {where} ({error}); choose another address or port") from error
 
 
 def launch(app: "gr.Blocks", host: str, port: int | None):
     """Serve the page, without any request to another host."""
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     app.launch(
-        server_name=host,
+        server_name=f"[{host}]" if ":" in host else host,
         server_port=port,
         theme=gr.themes.Base(primary_hue="blue", **fonts),
         css_paths=ASSETS / "demo.css",

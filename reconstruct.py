@@ -7,7 +7,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 
 from harness import figures
@@ -35,7 +35,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser("Encode images with a run of train.py, and reconstruct them from their codes.")
     parser.add_argument("files", nargs="*", metavar="FILE", help="images or folders; default: some test images")
     parser.add_argument("--run", default="results", help="folder of the run")
-    parser.add_argument("--data-dir", help="folder of the data set, if it has moved since training")
+    parser.add_argument("--data-dir", help="folder of the data set, if it has moved; missing ones are downloaded to it")
     parser.add_argument(
         "--full-size", action="store_true", help="encode images at their own size; do not resize to the training size"
     )
@@ -47,6 +47,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.codes and (args.files or args.full_size or args.refine):
         parser.error("--codes replaces the images; leave out the files, --full-size and --refine")
+    if args.full_size and not args.files:
+        parser.error("--full-size needs image files; test images are as in training")
     if args.codes and not args.out:
         parser.error("--codes needs --out, the folder to write the images to")
     return args
@@ -97,13 +99,15 @@ def load_images(args: argparse.Namespace, checkpoint: dict, model: VQVAE) -> tup
         check_room(needed, f"reading {len(read):,} images", "name fewer at a time")
     images, resized = read_images(read, model.channels, size, checkpoint["args"]["background"])
     if args.full_size:
-        maps = 3 * model.levels[-1].encoder[1].out_channels  # float32, at half the image's size: where most memory goes
+        # Most memory goes to three float32 maps at half the height and width: 3 x 4 bytes / 4 per pixel and channel.
+        bytes_per_pixel = 3 * model.levels[-1].encoder[1].out_channels
         largest = max(image.shape[-2:].numel() for image in images)
         remedy = "leave out --full-size, or make it smaller"
-        check_room(maps * largest, f"the largest image, of {largest:,} pixels,", remedy, model.mean.device)
+        check_room(bytes_per_pixel * largest, f"the largest image, of {largest:,} pixels,", remedy, model.mean.device)
     if resized:
         height, width = model.image_size
-        say(f"resized and cropped {resized} of {len(images)} images to {width}x{height}; --full-size leaves them whole")
+        remedy = "" if model.scales else "; --full-size leaves them whole"
+        say(f"resized and cropped {resized} of {len(images)} images to {width}x{height}{remedy}")
     if args.out and len({image.shape for image in images}) > 1:
         raise ValueError("the images differ in size, but codes.npz needs one; leave out --full-size or --out")
     return unique_names(paths), images
@@ -187,14 +191,11 @@ def refine(model: VQVAE, x: Tensor, indices: list[Tensor], candidates: int) -> l
 def same_size_chunks(images: list[Tensor]) -> Iterator[list[int]]:
     """Yield the positions of consecutive images of equal size, few enough to be computed at once."""
     start = 0
-    while start < len(images):
-        size = images[start].shape[-2:]
-        stop = start
-        while stop < len(images) and images[stop].shape[-2:] == size:
-            stop += 1
-        for chunk in chunks(stop - start, size):
-            yield [start + int(i) for i in chunk]
-        start = stop
+    for size, group in groupby(image.shape[-2:] for image in images):
+        count = len(list(group))
+        for chunk in chunks(count, size):
+            yield (start + chunk).tolist()
+        start += count
 
 
 # Files

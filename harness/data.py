@@ -254,10 +254,11 @@ def check_same(data: Dataset, checkpoint: dict, folder: str | Path):
 
 def torchvision_splits(name: str, data_dir: str | Path, download: bool) -> tuple:
     """Return the images and labels for training, those for testing, and the names of the classes."""
+    data_dir = Path(data_dir)  # torchvision would expand ~ in a str, and then read files that were not checked
     source = datasets.CIFAR10 if name == "cifar10" else IDX[name]
-    whole = all(path.is_file() and intact(path) for path, _, intact in known_files(source, Path(data_dir)))
+    whole = all(path.is_file() and intact(path) for path, _, intact in known_files(source, data_dir))
     if name in IDX:
-        old = Path(data_dir, source.__name__, "processed")
+        old = data_dir / source.__name__ / "processed"
         if all((old / file).is_file() for file in (source.training_file, source.test_file)):
             raise ValueError(f"{old}, of an old torchvision, would be read in place of raw/, unchecked; delete it")
     with contextlib.ExitStack() as stack:
@@ -267,16 +268,18 @@ def torchvision_splits(name: str, data_dir: str | Path, download: bool) -> tuple
             if download and not whole:
                 # This also replaces a stderr that cannot be written, on which torchvision's bar would fail.
                 say(f"preparing {name} in {data_dir}", error=True)
-                Path(data_dir).mkdir(parents=True, exist_ok=True)
-                lock = filelock.FileLock(Path(data_dir, ".download.lock"))  # another process may be downloading
+                data_dir.mkdir(parents=True, exist_ok=True)
+                lock = filelock.FileLock(data_dir / ".download.lock")  # another process may be downloading
                 stack.enter_context(lock)
             if not whole:
                 check_files(source, data_dir)
             loaded = [source(data_dir, download=download), source(data_dir, train=False)]
         except Exception as error:  # no network, or damaged files without a known checksum
+            if out_of_memory(error):
+                raise
             check_files(source, data_dir, archives=True)
             reason = " ".join(str(error).split()) or type(error).__name__
-            if all(path.is_file() for path, _, _ in known_files(source, Path(data_dir))):
+            if all(path.is_file() for path, _, _ in known_files(source, data_dir)):
                 raise damaged(name, source, data_dir, reason) from error
             reason = f" and cannot be downloaded ({reason})" if download else ""
             raise Unavailable(f"{name} is not in {data_dir}{reason}") from error
@@ -293,17 +296,17 @@ def torchvision_splits(name: str, data_dir: str | Path, download: bool) -> tuple
     return *splits, [label.split(" - ")[0] for label in loaded[0].classes]  # MNIST's are "0 - zero", "1 - one", ...
 
 
-def damaged(name: str, source: type, data_dir: str | Path, reason: str) -> ValueError:
-    folder = Path(data_dir, getattr(source, "base_folder", source.__name__))
+def damaged(name: str, source: type, data_dir: Path, reason: str) -> ValueError:
+    folder = data_dir / getattr(source, "base_folder", source.__name__)
     return ValueError(f"{name} in {data_dir} is damaged ({reason}); delete {folder}, and run again to download it")
 
 
-def check_files(source: type, data_dir: str | Path, archives: bool = False):
+def check_files(source: type, data_dir: Path, archives: bool = False):
     """Raise ValueError naming the first file of a data set that is truncated or corrupt; missing files are no error.
 
     With `archives`, a damaged archive counts as well.
     """
-    for path, archive, intact in known_files(source, Path(data_dir)):
+    for path, archive, intact in known_files(source, data_dir):
         broken = path if path.is_file() and not intact(path) else None
         if archives and not path.is_file() and archive[0].is_file() and not check_integrity(*archive):
             broken = archive[0]
@@ -405,7 +408,7 @@ def batches(images: Images, order: Iterable[Tensor], device: torch.device) -> Ge
             for batch in workers:
                 yield batch.to(device, non_blocking=True)
         except (ValueError, OSError, RuntimeError) as error:  # its text is a worker's traceback, or that it died
-            if out_of_memory(error):
+            if out_of_memory(error) or isinstance(error, torch.AcceleratorError):  # of the GPU's earlier work
                 raise
             raise OSError(re.sub("^(ValueError|OSError): ", "", str(error).splitlines()[-1])) from error
         finally:

@@ -41,7 +41,7 @@ from torchvision.transforms.functional import center_crop, get_dimensions, pil_t
 
 logging.getLogger("PIL").setLevel(logging.CRITICAL)  # we report bad files in our own words
 AHEAD = 16  # images decoded ahead of the one that is asked for
-DECODER = 3  # increment it if the output of `decode` changes, so that cached images are decoded again
+DECODER = 4  # increment it if the output of `decode` changes, so that cached images are decoded again
 ENDINGS = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", ".avif", ".gif", ".bmp", ".dib")
 ENDINGS += (".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
 # Only these, whatever a file's extension is: Pillow would pass an EPS file to Ghostscript.
@@ -248,11 +248,9 @@ def decode_folder(
         return kept
 
     with pillow_warnings():
-        headers = dict(
-            enumerate(try_each(lambda path: read_header(path, background), files, "reading the sizes of the images"))
-        )
-        bad = {i: header for i, header in headers.items() if isinstance(header, str)}
-        good = {i: header for i, header in headers.items() if i not in bad}
+        good, bad = {}, {}
+        for i, header in enumerate(try_each(lambda path: read_header(path, background), files, "reading image sizes")):
+            (bad if isinstance(header, str) else good)[i] = header
         shape = common_shape(files, good, bad, image_size, background)
         keep = len(files) * math.prod(shape) <= limit
 
@@ -384,7 +382,7 @@ def decode(
     with Image.open(source, formats=FORMATS) as opened:
         image = ImageOps.exif_transpose(opened)  # upright
         if image.mode == "F" or image.mode.startswith("I"):
-            image = to_8_bits(image, opened.format, background)
+            image = to_8_bits(image, opened, background)
         elif image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, ImageColor.getrgb(background)), image)
@@ -392,16 +390,20 @@ def decode(
     return pil_to_tensor(image if size is None else resize_and_crop(image, size))
 
 
-def to_8_bits(image: Image.Image, kind: str | None, background: str) -> Image.Image:
-    values = np.asarray(image)
+def to_8_bits(image: Image.Image, opened: Image.Image, background: str) -> Image.Image:
+    """Scale the pixels of an image to 0 ... 255; `opened` is the image as it was opened, with the tags of a TIFF."""
+    values, tags = np.asarray(image), getattr(opened, "tag_v2", {})
     if image.mode == "F":
         highest, what = 1.0, "floating-point numbers"
-    elif image.mode == "I" and kind == "TIFF":
-        raise ValueError("its pixels are 32-bit integers, whose scale is unknown; convert it to 8 or 16 bits")
+    elif image.mode == "I" and opened.format == "TIFF":
+        raise ValueError("its pixels are signed or 32-bit integers, whose scale is unknown; convert it to 8 or 16 bits")
     else:
-        highest, what = 65535, "16-bit numbers"
+        bits = tags.get(ExifTags.Base.BitsPerSample, (16,))[0]  # 12 in some TIFF files; Pillow does not scale them
+        highest, what = 2**bits - 1, f"{bits}-bit numbers"
     if not (values.min() >= 0 and values.max() <= highest):  # refuses NaN too
         raise ValueError(f"its pixels are {what} from {values.min()} to {values.max()}, not from 0 to {highest:g}")
+    if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # 0 is white; Pillow turns only 8-bit images round
+        values = highest - values
     grey = Image.fromarray((values * (255 / highest)).round().astype(np.uint8))
     if "transparency" not in image.info:
         return grey
@@ -426,7 +428,8 @@ def pillow_warnings():
 
 def is_fault_of_machine(error: Exception) -> bool:
     """Return whether no image is to blame: too many open files, no memory, a disk or a network that fails."""
-    return out_of_memory(error) or getattr(error, "errno", None) in (errno.EIO, errno.EMFILE, errno.ENFILE)
+    faults = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT)
+    return out_of_memory(error) or getattr(error, "errno", None) in faults
 
 
 def reason_of(error: Exception) -> str:

@@ -80,6 +80,27 @@ def test_missing_data_without_network_is_unavailable(mnist, tmp_path):
     assert socket.getdefaulttimeout() == before
 
 
+def test_tilde_is_a_folder_like_any_other(mnist, tmp_path, monkeypatch):
+    """torchvision would read the home folder's files, which were not checked."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Unavailable, match="mnist is not in ~"):
+        load_dataset("mnist", "~", download=False)
+
+
+def test_lack_of_memory_blames_no_file(mnist, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.MNIST, "_load_data", fails_with(MemoryError()))
+    with pytest.raises(MemoryError):
+        load_dataset("mnist", tmp_path)
+
+
+def fails_with(error):
+    def fail(*_args):
+        raise error
+
+    return fail
+
+
 def damage(path, how):
     content = path.read_bytes()
     kept = {"empty": 0, "header cut": 6, "truncated": len(content) // 2}

@@ -7,8 +7,10 @@ import io
 import math
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 from harness.folder import read_images
 
@@ -298,6 +300,29 @@ def test_open_host_warns(tmp_path, monkeypatch, capsys, host, warned):
     with pytest.raises(SystemExit, match="2"):  # the folder holds no run
         demo.main(demo.parse_args([f"--run={tmp_path}", f"--host={host}"]))
     assert ("WARNING" in capsys.readouterr().err) == warned
+
+
+@pytest.mark.parametrize("host, port", [("203.0.113.1", None), ("127.0.0.1", "taken"), ("no host", None)])
+def test_address_that_cannot_be_served_is_one_line(monkeypatch, capsys, host, port):
+    """gradio would try it for minutes, or name a flag of its own."""
+    monkeypatch.setattr(demo, "gr", object())
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        flags = [f"--host={host}"] + [f"--port={other.getsockname()[1]}"] * (port is not None)
+        with pytest.raises(SystemExit, match="2"):
+            demo.main(demo.parse_args(flags))
+    assert f"cannot be served at --host {host}" in capsys.readouterr().err
+
+
+def test_lack_of_memory_is_no_bug(monkeypatch, capsys):
+    shown = []
+    monkeypatch.setattr(demo, "gr", SimpleNamespace(Warning=lambda text, title: shown.append(text), skip=list))
+    monkeypatch.setattr(demo.gr, "EventData", object, raising=False)
+
+    def draw(_data):
+        raise MemoryError
+
+    demo.listen(lambda call, *_, **__: call(None), draw, [], ["picture"])
+    assert "memory is used up" in shown[0] and not capsys.readouterr().err
 
 
 def test_own_run_comes_before_the_pretrained(finished_run, tmp_path, monkeypatch):

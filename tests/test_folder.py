@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import zlib
@@ -420,6 +421,21 @@ def save_deep_png(path, values, transparent):
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
 
 
+def save_deep_tiff(path, values, bits, white=0):
+    """Save 12 or 16 bits of grey, which Pillow cannot write; with white=1, 0 is black, as in PNG."""
+    height, width = values.shape
+    if bits == 12:  # two pixels in three bytes
+        pairs = values.reshape(-1, 2).astype(int)
+        packed = np.stack([pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], 1)
+        content = packed.astype(np.uint8).tobytes()
+    else:
+        content = values.astype("<u2").tobytes()
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: white, 273: 8, 277: 1, 278: height, 279: len(content)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    ifd = struct.pack("<H", len(tags)) + entries + bytes(4)
+    path.write_bytes(b"II*\0" + struct.pack("<I", 8 + len(content)) + content + ifd)
+
+
 def over(colors, alpha, background):
     """Composite (H, W, 3) over a colour, alpha (H, W) in 0 to 255."""
     alpha = alpha[..., None] / 255
@@ -457,6 +473,12 @@ def make_kind(kind, folder):
     if kind == "16-bit grey, one level transparent":
         save_deep_png(folder / "a.png", DEEP, transparent=257 * 5)
         return folder / "a.png", over(np.dstack([DEEP // 257] * 3), 255 * (DEEP != 257 * 5), BACKGROUND)
+    if kind == "12-bit grey":
+        save_deep_tiff(folder / "a.tif", DEEP // 16, 12, white=1)
+        return folder / "a.tif", np.dstack([DEEP // 257] * 3)
+    if kind == "16-bit grey, 0 is white":
+        save_deep_tiff(folder / "a.tif", 65535 - DEEP, 16, white=0)
+        return folder / "a.tif", np.dstack([DEEP // 257] * 3)
     if kind == "32-bit float":
         Image.fromarray(DEEP.astype(np.float32) / 65535).save(folder / "a.tiff")
         return folder / "a.tiff", np.dstack([DEEP // 257] * 3)
@@ -470,7 +492,8 @@ def make_kind(kind, folder):
 
 
 KINDS = ["RGBA", "LA", "palette", "transparent GIF", "CMYK", "16-bit grey", "16-bit grey, one level transparent"]
-KINDS += ["32-bit float", "1-bit", "animated GIF", "animated WebP", "animated APNG"]
+KINDS += ["12-bit grey", "16-bit grey, 0 is white", "32-bit float", "1-bit"]
+KINDS += ["animated GIF", "animated WebP", "animated APNG"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -713,17 +736,18 @@ def test_only_rank_0_warns(folder, monkeypatch, capsys):
     assert not capsys.readouterr().err
 
 
-def test_fault_of_the_machine_blames_no_image(folder, monkeypatch):
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM, errno.ENOTCONN])
+def test_fault_of_the_machine_blames_no_image(folder, monkeypatch, number):
     """An image skipped for it would be missing, and the run would be of other images."""
     read = Path.read_bytes
 
-    def too_many(path):
+    def fails(path):
         if path.name == "3.png":
-            raise OSError(errno.EMFILE, "Too many open files", str(path))
+            raise OSError(number, os.strerror(number), str(path))
         return read(path)
 
-    monkeypatch.setattr(Path, "read_bytes", too_many)
-    with pytest.raises(OSError, match="Too many open files.*3.png"):
+    monkeypatch.setattr(Path, "read_bytes", fails)
+    with pytest.raises(OSError, match=f"{os.strerror(number)}.*3.png"):
         load(folder, skip_bad_images=True)
 
 

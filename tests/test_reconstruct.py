@@ -466,6 +466,7 @@ def test_out_left_by_a_kill_stops_no_command(trained_run, tmp_path, capsys):
         (["--codes=a.npz", "--out=b", "c.png"], "leave out the files"),
         (["--codes=a.npz", "--out=b", "--full-size"], "leave out the files, --full-size"),
         (["--codes=a.npz", "--out=b", "--refine=4"], "and --refine"),
+        (["--full-size"], "--full-size needs image files"),
     ],
 )
 def test_contradicting_flags_are_refused(capsys, flags, message):

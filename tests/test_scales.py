@@ -413,6 +413,8 @@ def test_images_of_other_sizes_are_refused(scales_run, tmp_path, capsys):
     """And as codes, of which only the last scale could have grown."""
     save(tmp_path / "a.png", (32, 32), "L")
     copy, out = shutil.copytree(scales_run, tmp_path / "results"), tmp_path / "out"
+    reconstruct.main(reconstruct.parse_args([f"--run={copy}", str(tmp_path / "a.png")]))
+    assert "cropped 1 of 1 images to 28x28\n" in capsys.readouterr().out  # and no advice that would be refused
     printed = refusal(capsys, reconstruct, f"--run={copy}", tmp_path / "a.png", "--full-size", f"--out={out}")
     assert "z_e has 8x8 vectors, but the scales are 1x1, 2x2, 4x4, 7x7" in printed and not out.exists()
     maps = {f"indices_scale{n}": np.zeros((1, s, s), int) for n, s in ((1, 1), (2, 2), (3, 4), (4, 8))}
