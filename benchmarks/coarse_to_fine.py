@@ -49,7 +49,9 @@ def cpu_seconds(name: str, *flags) -> float:
     often = ["--save-every", 10**6, "--log-every", 10**6, "--fresh", "--device", "cpu"]
     command = [sys.executable, ROOT / name, *flags, *often]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL, env=environment)
+    done = subprocess.run(list(map(str, command)), stdout=subprocess.DEVNULL, env=environment)
+    if done.returncode:  # 2: a user's mistake, which the script has named
+        sys.exit(2 if done.returncode == 2 else f"{name} failed with exit code {done.returncode}")
     after = os.times()
     return after.children_user + after.children_system - before.children_user - before.children_system
 
@@ -107,6 +109,8 @@ def main():
     data = ["--dataset", args.dataset, "--data-dir", args.data_dir]
     cpu_seconds("train.py", "--out-dir", args.out_dir / "shape", *data, "--steps", 1)
     shape = load_checkpoint(args.out_dir / "shape")
+    if shape["identity"]["class_names"] is None:
+        parser.error(f"--dataset {args.dataset} has no classes, which the classifier needs")
     image_size, stride = shape["identity"]["image_shape"][1:], shape["args"]["downsample"]
     models = (VQVAE(1, image_size, 8, 8, 8, 1, stride, scales=scales) for scales in (None, "auto"))
     codes = [sum(map(math.prod, model.grids(image_size))) for model in models]

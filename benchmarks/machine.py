@@ -44,7 +44,8 @@ def run(script: str, *flags) -> dict:
     command = [sys.executable, __file__, ROOT / script, "--device=cpu", *map(str, flags)]
     process = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
     if process.returncode:
-        sys.exit(f"{script} {' '.join(map(str, flags))} failed with exit code {process.returncode}")
+        failed = f"{script} {' '.join(map(str, flags))} failed with exit code {process.returncode}"
+        sys.exit(2 if process.returncode == 2 else failed)  # 2: a user's mistake, which the script has named
     return json.loads(process.stdout.splitlines()[-1])
 
 
@@ -79,4 +80,4 @@ def median_seconds(function: Callable[[], object], repeats: int = 5) -> float:
 if __name__ == "__main__":  # what `run` starts: a script with its flags, and then its peak memory
     del sys.argv[0]
     runpy.run_path(sys.argv[0], run_name="__main__")
-    print(json.dumps({"memory": peak_memory() / 1e9, "gpu_memory": torch.cuda.max_memory_allocated() / 1e9}))
+    print(json.dumps({"memory": peak_memory() / 1e9, "gpu_memory": torch.cuda.max_memory_reserved() / 1e9}))

@@ -120,7 +120,7 @@ def main():
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--steps", type=steps, default=defaults.steps, help="with fewer, pictures take a larger share")
     parser.add_argument("--compiled-steps", type=steps, default=500, help="of each run with and without --compile")
-    parser.add_argument("--repeats", type=int, default=3, help="of the runs with and without --compile")
+    parser.add_argument("--repeats", type=number(int, 1), default=3, help="of the runs with and without --compile")
     parser.add_argument("--out", type=Path, default=Path("results", "machine_limit.json"))
     args = parser.parse_args()
     with user_errors():

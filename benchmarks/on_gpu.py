@@ -4,14 +4,13 @@ Within 8 minutes on one CUDA GPU and without a network: tests/test_cuda.py; step
 the memory that they take; seconds to 28.0 dB on MNIST; images per second beside three public repositories (clones in
 --peers, see time_to_quality.py; without the flag they are left out); the nearest codes by plain PyTorch and by the
 Triton kernel; a codebook of 262,144 codes. Each part is a process of its own, until the 8 minutes are over. In the end
-there is one table and one JSON, also when parts fail: the table then says which, and why.
+there is one table and one JSON, also when parts fail: the table then says which, and why, and what they had measured.
 
 `--tiny` only checks that everything runs: with small sizes, also without a GPU. Its numbers mean nothing.
 """
 
 import argparse
 import contextlib
-import datetime
 import json
 import os
 import signal
@@ -19,74 +18,100 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from machine import ROOT, median_seconds, read_json, run, train, write_json
+from machine import ROOT, heading, median_seconds, read_json, run, train, write_json
 
 from harness.cli import user_errors
 from harness.data import load_dataset
 from harness.machine import pick_device
-from harness.storage import load_checkpoint
+from harness.run import format_number
+from harness.storage import load_checkpoint, write_whole
 
+import machine_limit
 import torch
+from time_to_quality import CLONES, PEERS, commit, train_peer
 
+import train as script
 from evaluate import evaluate
 from model import load_model
 from quantizer import nearest_code
 
 MINUTES = 8
-PEER_SECONDS = 10  # of training of each of the others
+PART_SECONDS = 180  # of one part, so that it leaves time for the others
+PEER_SECONDS = 10  # of training of each of the others, after 2 s in which CUDA's libraries are loaded
 LADDER = (500, 600, 700, 800, 1000, 1500, 2000, 3000)  # lengths of runs to try until one reaches 28 dB
 SIZES = [(n, size, dim) for n in (1568, 65_536) for size, dim in ((512, 8), (8192, 8), (65_536, 64))]
 TINY_SIZES = [(n, size, 4) for n in (8, 16) for size in (16, 32, 64)]
 
 
-def tests(args) -> dict:
+# Parts: each yields named figures as soon as it has measured them.
+
+
+def tests(args) -> Iterator[dict]:
     """Run the tests that only a GPU can pass."""
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "tests/test_cuda.py"]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    lines = [line for line in done.stdout.splitlines() if " in " in line] or ["no output"]
+    lines = done.stdout.splitlines() or ["no output"]
     if done.returncode or (args.device == "cuda" and "passed" not in lines[-1]):
-        raise RuntimeError(lines[-1])
-    return {"tests/test_cuda.py": lines[-1]}
+        print(done.stdout, file=sys.stderr)
+        raise RuntimeError("; ".join([lines[-1], *(line for line in lines if line.startswith(("FAILED", "ERROR")))]))
+    yield {"tests/test_cuda.py": lines[-1]}
 
 
-def training(args) -> dict:
-    """Time default steps, eager and compiled."""
-    measured, few, many = {}, *((10, 20) if args.tiny else (500, 2500))
-    for flag in ("--no-compile",) if args.tiny else ("--no-compile", "--compile"):
-        # The difference leaves out the start and the compilation, of which the first run fills the cache.
-        runs = [train_here(args, "--steps", steps, "--save-every", 10**6, flag) for steps in (few, few, many)]
-        rate = (many - few) / (runs[2]["training_seconds"] - runs[1]["training_seconds"])
-        measured |= {f"steps/s, {flag}": rate, f"GB of the GPU, {flag}": runs[2]["gpu_memory"]}
-    return measured
+def training(args) -> Iterator[dict]:
+    """Time the second half of a run's steps; the first half warms up and compiles."""
+    steps, times, batch_size = 20 if args.tiny else 2000, {}, script.parse_args([]).batch_size
+
+    @contextlib.contextmanager
+    def in_step(run):
+        if run.step in (1, steps // 2, steps):
+            if args.device == "cuda":
+                torch.cuda.synchronize()
+            times[run.step] = time.perf_counter()
+        yield
+
+    ways = {"default": (), "float32": ("--precision=float32",), "compiled": ("--compile",)}
+    for way in list(ways)[: 1 if args.tiny else 3]:
+        if args.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with tempfile.TemporaryDirectory() as cache, contextlib.redirect_stdout(sys.stderr):
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # empty, so that nothing compiled earlier is reused
+            flags = [*flags_here(args), "--save-every", 10**6, *ways[way]]
+            machine_limit.run(args, steps, in_step, *map(str, flags))
+        rate = (steps - steps // 2) / (times[steps] - times[steps // 2])
+        yield {f"steps/s, {way}": rate, f"images/s, this, {way}": rate * batch_size}
+        yield {f"s lost before steady steps, {way}": times[steps // 2] - times[1] - (steps // 2 - 1) / rate}
+        if args.device == "cuda":
+            yield {f"GB of the GPU, {way}": torch.cuda.max_memory_reserved() / 1e9}
 
 
-def quality(args) -> dict:
+def quality(args) -> Iterator[dict]:
     """Train runs of growing length until one reaches 28.0 dB."""
     for steps in (10, 20) if args.tiny else LADDER:
         summary = train_here(args, "--steps", steps)
         if summary["test_psnr"] >= 28:
-            return {"seconds to 28.0 dB": summary["training_seconds"], "steps of that run": steps}
-    return {"seconds to 28.0 dB": f"not reached: {summary['test_psnr']:.2f} dB after {steps:,} steps"}
+            yield {"seconds to 28.0 dB": summary["training_seconds"], "steps of that run": steps}
+            return
+    yield {"seconds to 28.0 dB": f"not reached: {summary['test_psnr']:.2f} dB after {steps:,} steps"}
 
 
-def peers(args) -> dict:
+def peers(args) -> Iterator[dict]:
     """Time the training of the peers, with their authors' settings."""
     if args.peers is None:
-        return {"images/s of the others": "left out, since --peers was not given"}
-    from time_to_quality import PEERS, train_peer
-
-    data, measured = dataset(args), {}
+        yield {"images/s of the others": "left out, since --peers was not given"}
+        return
+    data, moments = dataset(args), [0.5, 1] if args.tiny else [2, 2 + PEER_SECONDS]
     for name, make in PEERS.items():
-        ((_, figures),) = train_peer(make, args.peers, data, [1 if args.tiny else PEER_SECONDS], args.device)
-        measured |= {f"images/s, {name}": figures["images_per_second"]}
-    return measured | {"images/s, this": train_here(args, "--steps", 20 if args.tiny else 2000)["images_per_second"]}
+        (_, first), (_, last) = train_peer(make, args.peers, data, moments, args.device)
+        images, seconds = (last[figure] - first[figure] for figure in ("images", "training_seconds"))
+        yield {f"images/s, {name}, float32": images / seconds}
 
 
-def lookup(args) -> dict:
+def lookup(args) -> Iterator[dict]:
     """Time both lookups for N vectors and K codes of D dimensions."""
-    ways, measured = {"plain": nearest_code}, {}
+    ways = {"plain": nearest_code}
     if args.device == "cuda":
         from triton_lookup import nearest_code_triton
 
@@ -100,21 +125,21 @@ def lookup(args) -> dict:
                 if args.device == "cuda":
                     torch.cuda.synchronize()
 
-            measured[f"lookup, N {n:,}, K {size:,}, D {dim}, {way}, ms"] = median_seconds(call) * 1e3
-    return measured
+            median_seconds(call, repeats=5)  # a GPU that was idle runs at a low clock at first
+            seconds = median_seconds(call, repeats=5 if args.tiny else 200)
+            yield {f"lookup, N {n:,}, K {size:,}, D {dim}, {way}, ms": seconds * 1e3}
 
 
-def large_codebook(args) -> dict:
+def large_codebook(args) -> Iterator[dict]:
     """Train with a codebook far larger than anyone needs for MNIST; count the codes that the training images use."""
     size, steps = (1024, 20) if args.tiny else (262_144, 500)
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--codebook-size", size, "--steps", steps, "--out-dir", folder]
         memory = run("train.py", *flags_here(args), *flags)["gpu_memory"]
         seconds = read_json(f"{folder}/summary.json")["training_seconds"]
+        yield {f"steps/s with the start, K {size:,}": steps / seconds, f"GB of the GPU, K {size:,}": memory}
         model = load_model(load_checkpoint(folder), args.device)
-    used = evaluate(model, dataset(args).train_images)[0]["codes_used"]
-    measured = {"steps/s": steps / seconds, "codes used": used, "GB of the GPU": memory}
-    return {f"{name}, K {size:,}": value for name, value in measured.items()}
+    yield {f"codes used, K {size:,}": evaluate(model, dataset(args).train_images)[0]["codes_used"]}
 
 
 PARTS = {part.__name__: part for part in (tests, training, quality, peers, lookup, large_codebook)}
@@ -142,16 +167,18 @@ def measure(part: str, seconds: float) -> dict:
         process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, start_new_session=True)
         try:
             _, errors = process.communicate(timeout=max(1, seconds))
+            reason = " / ".join(errors.strip().splitlines()[-2:]) or f"exit code {process.returncode}"
         except subprocess.TimeoutExpired:
-            return {f"{part} FAILED": "no time was left for it"}
+            errors, reason = "", f"stopped after {max(1, seconds):.0f} s"
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # with the trainings that it started
             process.wait()
+        measured = read_json(out) if out.exists() else {}
         if process.returncode:
-            lines = errors.strip().splitlines() or [f"exit code {process.returncode}"]
-            return {f"{part} FAILED": lines[-1]}
-        return read_json(out)
+            print(errors, end="", file=sys.stderr)
+            measured |= {f"{part} FAILED": reason}
+        return measured
 
 
 def main():
@@ -167,19 +194,26 @@ def main():
         if not args.tiny:
             dataset(args)  # fail now if it is missing
     if args.part:
-        args.out.write_text(json.dumps(PARTS[args.part](args)), encoding="utf-8")
+        measured = {}
+        for figures in PARTS[args.part](args):
+            measured |= figures
+            write_whole(args.out, json.dumps(measured))  # kept if the part fails later
         return
+    missing = [name for name in CLONES if args.peers and not (args.peers / name).is_dir()]
+    if missing:
+        parser.error(f"--peers {args.peers} holds no {', '.join(missing)}; clone the repositories there")
 
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"no GPU, {args.device}"
-    machine = f"{name}, torch {torch.__version__}, {datetime.date.today().isoformat()}"
+    commits = [f"{clone} at {commit(args.peers / clone)[:7]}" for clone in CLONES] if args.peers else []
+    machine = heading(name, f"CUDA {torch.version.cuda}", *commits)
     ends, measured = time.monotonic() + 60 * MINUTES, {}
     for part in PARTS:
         print(f"{part} ...", flush=True)
-        measured |= measure(part, ends - time.monotonic())
+        measured |= measure(part, min(PART_SECONDS, ends - time.monotonic()))
         write_json(args.out, machine, args, measured)
     print(f"\n{machine}\n\n| | |\n|---|---|")
     for label, value in measured.items():
-        print(f"| {label} | {value if isinstance(value, str) else format(value, ',.4g')} |")
+        print(f"| {label} | {value if isinstance(value, str) else format_number(value)} |")
     sys.exit(any(label.endswith("FAILED") for label in measured))
 
 

@@ -15,6 +15,8 @@ from statistics import median
 
 from machine import heading, train, write_json
 
+from harness.cli import number
+
 TARGETS = {  # steps of the run: what it is to reach
     200: {"test_mse": 0.00414, "training_seconds": 5},
     800: {"test_psnr": 28.0, "seconds": 17},
@@ -26,7 +28,7 @@ LARGER_IS_BETTER = ("test_psnr", "codes_used")
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=argparse.SUPPRESS)
     parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--repeats", type=int, default=3, help="seeds per row")
+    parser.add_argument("--repeats", type=number(int, 1), default=3, help="seeds per row")
     parser.add_argument("--out", type=Path, default=Path("results", "quality.json"))
     args = parser.parse_args()
     machine = heading(f"medians of {args.repeats} seeds (lowest to highest)")

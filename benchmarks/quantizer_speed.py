@@ -15,6 +15,7 @@ with the nearest codes in float64.
 import argparse
 import contextlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import signal
@@ -25,6 +26,8 @@ import time
 from pathlib import Path
 
 from machine import heading, peak_memory, write_json
+
+from harness.cli import number
 
 import torch
 import torch.nn.functional as F
@@ -121,13 +124,15 @@ def main():
     parser.add_argument("--vectors", type=int, nargs="+", default=[6272, 65_536], help="N")
     parser.add_argument("--sizes", type=int, nargs="+", default=[512, 8192, 65_536], help="K")
     parser.add_argument("--dims", type=int, nargs="+", default=[8, 64], help="D")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=number(int, 1), default=5)
     parser.add_argument("--case", help=argparse.SUPPRESS)  # the case that this child process measures
     parser.add_argument("--out", type=Path, default=Path("results", "quantizer_speed.json"))
     args = parser.parse_args()
     if args.case:
         print(json.dumps(measure(**json.loads(args.case), repeats=args.repeats)))
         return
+    if importlib.util.find_spec("vector_quantize_pytorch") is None:
+        parser.error("vector-quantize-pytorch is not installed; install requirements-dev.txt")
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     library = f"vector-quantize-pytorch {importlib.metadata.version('vector-quantize-pytorch')}"
     machine = heading(library)

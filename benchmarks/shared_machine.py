@@ -20,6 +20,8 @@ from pathlib import Path
 
 from machine import ROOT, heading, write_json
 
+from harness.cli import number
+
 BATCH_SIZE, EVERY = 32, 2  # images per step, steps between lines of the log
 WARM_UP = 10  # seconds, for the imports and the start of the codebook
 
@@ -49,7 +51,7 @@ def main():
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 8], help="of each training")
     parser.add_argument("--precision", default="auto", help="as train.py takes it")
     parser.add_argument("--seconds", type=float, default=25, help=f"of a run; the first {WARM_UP} are not counted")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each point")
+    parser.add_argument("--repeats", type=number(int, 1), default=3, help="runs of each point")
     parser.add_argument("--out", type=Path, default=Path("results", "shared_machine.json"))
     args = parser.parse_args()
     machine = heading(threads="threads as listed")

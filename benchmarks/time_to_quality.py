@@ -26,8 +26,9 @@ from pathlib import Path
 
 from machine import heading, train, write_json
 
-from harness.cli import user_errors
+from harness.cli import number, user_errors
 from harness.data import batch_indices, load_dataset
+from harness.machine import pick_device
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +111,8 @@ def train_peer(
         model.train()
         began = time.perf_counter() - seconds
         while time.perf_counter() - began < moment:
-            loss, _ = step(train_images[batch_indices(len(train_images), batch_size, seed, steps).to(device)])
+            indices = batch_indices(len(train_images), batch_size, seed, steps)
+            loss, _ = step(train_images[indices.to(device, non_blocking=True)])  # as in ours, the host does not wait
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -125,8 +127,9 @@ def train_peer(
         for module in model.modules():
             module.training = isinstance(module, torch.nn.BatchNorm2d)
         measured = min(measured, measure(step, test_images), key=lambda figures: figures["test_mse"])
-        rate = steps * batch_size / seconds
-        yield model.eval(), measured | {"training_seconds": seconds, "steps": steps, "images_per_second": rate}
+        images = steps * batch_size
+        measured |= {"training_seconds": seconds, "steps": steps, "images": images}
+        yield model.eval(), measured | {"images_per_second": images / seconds}
 
 
 @torch.no_grad()
@@ -160,7 +163,11 @@ def print_row(row: dict):
 
 
 def commit(clone: Path) -> str:
-    done = subprocess.run(["git", "-C", clone, "rev-parse", "HEAD"], stdout=subprocess.PIPE, text=True)
+    command = ["git", "--git-dir", clone / ".git", "rev-parse", "HEAD"]  # not that of a repository around it
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    except OSError:  # git is not installed
+        return "unknown"
     return done.stdout.strip() or "unknown"
 
 
@@ -169,7 +176,7 @@ def main():
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--peers", required=True, type=Path, help="folder that holds clones, each named by its owner")
     parser.add_argument("--seconds", type=float, default=150, help="of training of each of the others")
-    parser.add_argument("--repeats", type=int, default=3, help="seeds of each row")
+    parser.add_argument("--repeats", type=number(int, 1), default=3, help="seeds of each row")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, default=Path("results", "time_to_quality.json"))
     args = parser.parse_args()
@@ -180,6 +187,7 @@ def main():
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # one peer uses a GPU if there is one
     torch.set_num_threads(2)
     with user_errors():
+        pick_device(args.device)
         data = load_dataset("mnist", args.data_dir)
     commits = {name: commit(args.peers / name) for name in CLONES}
     on = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
@@ -190,6 +198,7 @@ def main():
     mean = data.test_images.float().mean(0) / 255
     collapsed = (data.test_images / 255 - mean).square().mean().item() / 2
     peers, ours = [], []
+    measured = {"commits": commits, "peers": peers, "this": ours}
     for name, make in PEERS.items():
         runs = []
         for seed in range(args.repeats):
@@ -197,6 +206,7 @@ def main():
             runs.append(figures)
         peers.append(medians(name, runs, collapsed))
         print_row(peers[-1])
+        write_json(args.out, machine, args, measured)
     best = min(peers, key=lambda peer: peer["test_mse"])
     goals = {
         f"below the MSE of {best['name']}": lambda run: run["test_mse"] < best["test_mse"],
@@ -206,7 +216,9 @@ def main():
         rows = []
         for steps in STEPS:
             rows.append(medians(f"this, {precision}", train_ours(steps, precision, args), collapsed))
+            ours.append(rows[-1])
             print_row(rows[-1])
+            write_json(args.out, machine, args, measured)
             if all(reached(rows[-1]) for reached in goals.values()):
                 break
         for goal, reached in goals.items():
@@ -217,8 +229,6 @@ def main():
             seconds, whole = first["training_seconds"], first["seconds"]
             print(f"{precision}, {goal}: {first['steps']:,} steps in {seconds:.1f} s, the whole run {whole:.1f} s,")
             print(f"1/{args.seconds / seconds:.1f} and 1/{args.seconds / whole:.1f} of the others' time")
-        ours += rows
-    write_json(args.out, machine, args, {"commits": commits, "peers": peers, "this": ours})
 
 
 if __name__ == "__main__":

@@ -9,15 +9,19 @@ the same way, in float32; ties go to the lowest index. Tests compare them in Tri
 import argparse
 from pathlib import Path
 
-from machine import median_seconds, write_json
+from machine import heading, median_seconds, write_json
 
-from harness.cli import user_errors
+from harness.cli import fail, user_errors
 from harness.machine import pick_device
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    fail("Triton is not installed; it comes with PyTorch's builds for CUDA", code=2)
 
 from quantizer import center, nearest_code
 
@@ -68,7 +72,7 @@ def main():
     args = parser.parse_args()
     with user_errors():
         device, _ = pick_device("cuda")
-    machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}"
+    machine = heading(torch.cuda.get_device_name(), f"CUDA {torch.version.cuda}", f"triton {triton.__version__}")
     print(machine)
     print("| N | K | D | plain, ms | kernel, ms | plain / kernel | indices that differ |")
     print("|---|---|---|---|---|---|---|")
@@ -77,7 +81,7 @@ def main():
         z, codebook = torch.randn(n, dim, device=device), torch.randn(size, dim, device=device)
 
         def seconds(lookup):
-            return median_seconds(lambda: (lookup(z, codebook), torch.cuda.synchronize()))  # noqa: B023
+            return median_seconds(lambda: (lookup(z, codebook), torch.cuda.synchronize()), repeats=200)  # noqa: B023
 
         row = {"n": n, "size": size, "dim": dim, "plain": seconds(nearest_code), "kernel": seconds(nearest_code_triton)}
         row["differ"] = int((nearest_code(z, codebook) != nearest_code_triton(z, codebook)).sum())

@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import json
 import math
+import shutil
 import time
 
 from machine import ROOT, median_seconds
@@ -19,7 +20,7 @@ from conftest import environment, program
 from generation import distance_within, frechet
 from machine_limit import convolution, flops_of_a_step
 from quantizer_speed import Textbook, differing
-from time_to_quality import measure
+from time_to_quality import CLONES, measure
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import VQVAE
@@ -35,6 +36,8 @@ def test_every_script_starts_by_itself(tmp_path):
     """From another folder, where Python finds the repository's modules only if the script says where they are."""
     scripts = [path for path in ROOT.glob("benchmarks/*.py") if "argparse.ArgumentParser" in path.read_text()]
     scripts = [*scripts, ROOT / "pretrained" / "export.py"]
+    if importlib.util.find_spec("triton") is None:  # it comes with PyTorch's builds for CUDA
+        scripts.remove(ROOT / "benchmarks" / "triton_lookup.py")
     done = program("help_of_scripts.py", *scripts, cwd=tmp_path, env=environment(PYTHONPATH=""))
     assert len(scripts) > 10 and done.stderr.split() == [str(path) for path in scripts], done.stderr
 
@@ -49,11 +52,15 @@ def test_equal_bits_is_the_largest_codebook_that_fits(size, codes, other):
 def test_all_measurements_on_a_gpu_run_through(tmp_path):
     """At small sizes and on a CPU. A part that fails is named in the table, and the rest is still measured."""
     hidden = environment(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
-    done = program("benchmarks/on_gpu.py", "--tiny", f"--out={tmp_path / 'gpu.json'}", "--peers=missing", env=hidden)
+    for name in CLONES:
+        (tmp_path / name).mkdir()
+    shutil.copy(ROOT / "tests" / "programs" / "peer.py", tmp_path / CLONES[0] / "modules.py")  # the others are empty
+    flags = ["--tiny", f"--out={tmp_path / 'gpu.json'}", f"--peers={tmp_path}"]
+    done = program("benchmarks/on_gpu.py", *flags, env=hidden)
     measured = json.loads((tmp_path / "gpu.json").read_text())["measured"]
     failed = [label for label in measured if label.endswith("FAILED")]
     assert done.returncode == 1 and failed == ["peers FAILED"], measured
-    for label in ("test_cuda", "steps/s", "28.0 dB", "lookup", "codes used"):
+    for label in ("test_cuda", "steps/s", "28.0 dB", f"images/s, {CLONES[0]}", "lookup", "codes used"):
         assert any(label in name for name in measured)
     assert all(f"| {label} |" in done.stdout for label in measured)
 
