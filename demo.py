@@ -167,7 +167,7 @@ def read_image(content: bytes, page: Page) -> Tensor:
             with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
                 pixels = math.prod(opened.size)
             if pixels > MAX_PIXELS:
-                raise ValueError(f"it has {pixels / 1e6:.1f} million pixels; the limit is {MAX_PIXELS // 10**6}")
+                raise ValueError(f"it has {pixels:,} pixels; the limit is {MAX_PIXELS:,}")
             model, background = page.model, page.checkpoint["args"]["background"]
             return decode(io.BytesIO(content), model.channels, model.image_size, background)
     except Exception as error:  # damaged files surface as almost any exception
@@ -513,7 +513,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser("Serve a page that shows the codes of a run of train.py and lets you change them.")
     runs = [run for run in RUNS if checkpoint_path(run).is_file()]
     parser.add_argument("--run", default=[*runs, RUNS[0]][0], help="folder of the run")
-    parser.add_argument("--data-dir", help="folder of the data set, if it has moved; missing ones are downloaded to it")
+    parser.add_argument("--data-dir", help="folder of the data set, if it has moved; named sets are downloaded to it")
     parser.add_argument("--host", default="127.0.0.1", help="address to serve on; 0.0.0.0: open to the network")
     parser.add_argument("--port", type=number(int, 1, 65536), help="port to serve on; default: first free from 7860")
     return parser.parse_args(argv)
@@ -538,7 +538,7 @@ def check_address(host: str, port: int | None):
     """Raise ValueError if nothing can be served there: gradio would try a wrong host for minutes."""
     try:
         socket.create_server((host, port or 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except (OSError, UnicodeError) as error:
+    except (OSError, TypeError) as error:  # TypeError: a name that cannot be encoded
         where = f"--host {host}" + (f" --port {port}" if port else "")
         raise ValueError(f"the page cannot be served at {where} ({error}); choose another address or port") from error
 

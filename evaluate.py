@@ -101,7 +101,7 @@ def evaluate_jpeg(model: VQVAE, images: Images) -> dict[str, float]:
     order = chunks(len(images), images.shape[-2:])
     for batch in progress(batches(images, order, device), "through JPEG", len(order)):
         x = to_pixels(batch, device)
-        for pair in zip(x, model(x).x_recon.clamp(0, 1)):
+        for pair in zip(x, model.decode(model.encode(x), x.shape[-2:])):
             original, made = map(through_jpeg, pair)
             psnr.append(peak_signal_noise_ratio(original, made, data_range=1))
             ssim.append(structural_similarity(original, made, win_size=11, channel_axis=-1, data_range=1))
@@ -118,7 +118,7 @@ def through_jpeg(image: Tensor) -> np.ndarray:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser("Measure a trained VQ-VAE on the test images; write evaluation.json beside its checkpoint.")
     parser.add_argument("--run", default="results", help="folder of the run")
-    parser.add_argument("--data-dir", help="folder of the data set, if it has moved; missing ones are downloaded to it")
+    parser.add_argument("--data-dir", help="folder of the data set, if it has moved; named sets are downloaded to it")
     parser.add_argument("--jpeg", action="store_true", help="also measure through JPEG files, as CVQ-VAE's code does")
     parser.add_argument("--out", metavar="DIR", help="new folder for originals/, reconstructions/ and codes.npz")
     return parser.parse_args(argv)

@@ -2,7 +2,7 @@
 
 Shapes: B batch, C image channels, D code_dim, K codebook_size; an image of H x W pixels has h x w codes
     x, x_recon  (B, C, H, W)        pixels in [0, 1]
-    z_e, z_q    (B, D, h, w)        h = ceil(H / S), w = ceil(W / S), for a level with one code per S x S pixels
+    z_e, z_q    (B, D, h, w)        h = H / S, w = W / S for S x S pixels per code, H and W padded to whole top codes
     indices     (B, h, w) int64
 Values per level or scale come as a list, the top level (fewest codes) or the coarsest scale first.
 
@@ -131,6 +131,8 @@ class VQVAE(nn.Module):
         **quantizer_options,
     ):
         super().__init__()
+        if levels not in (1, 2):
+            raise ValueError(f"levels is {levels}, but must be 1 or 2")
         if downsample < 2 or downsample.bit_count() > 1:
             raise ValueError(f"downsample is {downsample}, but must be a power of two, at least 2")
         self.channels, self.image_size = channels, tuple(image_size)
@@ -141,8 +143,9 @@ class VQVAE(nn.Module):
         self.scales = parse_scales(scales, [length // downsample for length in self._padded(image_size)])
         self.map_names = [f"scale{i + 1}" for i in range(len(self.scales))] or self.level_names  # of the code maps
         kind = functools.partial(MultiScaleQuantizer, self.scales) if self.scales else VectorQuantizer
-        self.register_buffer("mean", torch.as_tensor(mean).expand(channels).reshape(-1, 1, 1).clone())
-        self.register_buffer("std", torch.as_tensor(std).expand(channels).reshape(-1, 1, 1).clone())
+        for name, value in (("mean", mean), ("std", std)):
+            value = torch.as_tensor(value, dtype=torch.float32)
+            self.register_buffer(name, value.expand(channels).reshape(-1, 1, 1).clone())
         self.levels = nn.ModuleList()
         for i in reversed(range(levels)):  # top first; 0 is the bottom
             channels_above = code_dim if i < levels - 1 else 0  # that the decoder of the level above adds
@@ -232,11 +235,11 @@ class VQVAE(nn.Module):
     def _decode(self, z_q):  # of all levels, or of the first ones from the top
         above = None
         for level, codes in zip(self.levels, z_q):
-            above = level.decoder(concat(codes, above))
+            above = level.decoder(concat(codes.to(self.mean.dtype), above))  # codes stay float32 in a cast model
         return above
 
     def _pixels(self, x, size):
-        return x[..., : size[0], : size[1]].float() * self.std + self.mean
+        return x[..., : size[0], : size[1]].float() * self.std.float() + self.mean.float()
 
 
 def concat(x: Tensor, above: Tensor | None) -> Tensor:

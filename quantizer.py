@@ -97,13 +97,13 @@ class VectorQuantizer(nn.Module):
         Raises:
             ValueError: z_e does not have D channels or is not floating point.
             FloatingPointError: z_e holds NaN or infinite values; the codebook is unchanged. On a GPU or if compiled,
-                losses and codes become NaN instead, since raising would have to wait for the device.
+                losses and codes become NaN or infinite instead, since raising would wait for the device.
         """
         z = self._flatten(z_e)
         learning = self.training and (len(z) > 0 or world_size() > 1)  # an empty rank still learns from the others
         if learning and not self.all_initialised:
             self._initialise(z.detach())
-        indices = nearest_code(z.detach(), self.codebook.detach())
+        indices = nearest_code(z, self.codebook)
 
         codes = F.embedding(indices, self.codebook)
         # Means over all elements, or 0 for an empty batch
@@ -118,7 +118,7 @@ class VectorQuantizer(nn.Module):
 
     def encode(self, z_e: Tensor) -> Tensor:
         """Return the indices (B, *spatial) of z_e's nearest codes; changes nothing, even in train mode."""
-        return self._unflatten(nearest_code(self._flatten(z_e.detach()), self.codebook.detach()), z_e)
+        return self._unflatten(nearest_code(self._flatten(z_e), self.codebook), z_e)
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Return the codes (B, D, *spatial) of indices (B, *spatial).
@@ -245,6 +245,7 @@ class VectorQuantizer(nn.Module):
         return torch.zeros_like(self.codebook).index_add_(0, indices, z)
 
 
+@torch.no_grad()
 def nearest_code(z: Tensor, codebook: Tensor) -> Tensor:
     """Return argmin_k ||z_n - e_k||^2 for each vector z_n of z (N, D): (N,) int64, the lowest k of a tie.
 
@@ -279,7 +280,7 @@ def center(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
     scale = 1 / power_of_two_above(codebook.abs().amax())
     codebook = codebook * scale
     # Far from the origin, ||e_k||^2 would drown the differences between codes, so move the origin to their middle.
-    # Round it to a multiple of a power of two above their spread, so that the shift is exact and keeps exact ties.
+    # Round it to a multiple of a power of two above their spread, so that far away the shift is exact and keeps ties.
     middle = codebook.mean(0)
     step = power_of_two_above((codebook - middle).abs().amax())
     middle = (middle / step).round() * step

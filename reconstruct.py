@@ -35,7 +35,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser("Encode images with a run of train.py, and reconstruct them from their codes.")
     parser.add_argument("files", nargs="*", metavar="FILE", help="images or folders; default: some test images")
     parser.add_argument("--run", default="results", help="folder of the run")
-    parser.add_argument("--data-dir", help="folder of the data set, if it has moved; missing ones are downloaded to it")
+    parser.add_argument("--data-dir", help="folder of the data set, if it has moved; named sets are downloaded to it")
     parser.add_argument(
         "--full-size", action="store_true", help="encode images at their own size; do not resize to the training size"
     )

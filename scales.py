@@ -140,7 +140,11 @@ class MultiScaleQuantizer(VectorQuantizer):
 
 def downscale(x: Tensor, size: Size) -> Tensor:
     """Downscale x (B, D, h, w) to `size` by averaging."""
-    return x if x.shape[2:] == size else F.interpolate(x, size, mode="area")
+    if x.shape[2:] == size:
+        return x
+    if x.device.type == "mps":  # it averages only if the sizes divide (pytorch issue 96056); not tested
+        return F.interpolate(x.cpu(), size, mode="area").to(x.device)
+    return F.interpolate(x, size, mode="area")
 
 
 def format_sizes(sizes: Iterable[Size]) -> str:

@@ -1,16 +1,18 @@
 """Measure everything about a GPU in one run: `python benchmarks/on_gpu.py --data-dir data --peers peers`.
 
-Within 8 minutes on one CUDA GPU and without a network: tests/test_cuda.py; steps per second, eager and compiled, and
-the memory that they take; seconds to 28.0 dB on MNIST; images per second beside three public repositories (clones in
---peers, see time_to_quality.py; without the flag they are left out); the nearest codes by plain PyTorch and by the
-Triton kernel; a codebook of 262,144 codes. Each part is a process of its own, until the 8 minutes are over. In the end
-there is one table and one JSON, also when parts fail: the table then says which, and why, and what they had measured.
+Within 8 minutes on one CUDA GPU and without a network: tests/test_cuda.py; steps per second by default, in float32 and
+compiled, and the memory that they take; seconds to 28.0 dB on MNIST; images per second beside three public repositories
+(clones in --peers, see time_to_quality.py; without the flag they are left out); the nearest codes by plain PyTorch and
+by the Triton kernel; a codebook of 262,144 codes. Each part is a process of its own, until the 8 minutes are over. In
+the end there is one table and one JSON, also when parts fail: the table then says which, and why, and what they had
+measured.
 
 `--tiny` only checks that everything runs: with small sizes, also without a GPU. Its numbers mean nothing.
 """
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -75,6 +77,8 @@ def training(args) -> Iterator[dict]:
     ways = {"default": (), "float32": ("--precision=float32",), "compiled": ("--compile",)}
     for way in list(ways)[: 1 if args.tiny else 3]:
         if args.device == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()  # else the memory of the run before would count
             torch.cuda.reset_peak_memory_stats()
         with tempfile.TemporaryDirectory() as cache, contextlib.redirect_stdout(sys.stderr):
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # empty, so that nothing compiled earlier is reused
@@ -164,7 +168,8 @@ def measure(part: str, seconds: float) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "measured.json")
         command = [sys.executable, __file__, *sys.argv[1:], "--part", part, "--out", out]
-        process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, start_new_session=True)
+        options = {"text": True, "start_new_session": True, "env": os.environ | {"OMP_NUM_THREADS": "2"}}
+        process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, **options)
         try:
             _, errors = process.communicate(timeout=max(1, seconds))
             reason = " / ".join(errors.strip().splitlines()[-2:]) or f"exit code {process.returncode}"

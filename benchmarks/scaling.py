@@ -1,7 +1,7 @@
 """The cost of an image along four axes, one at a time: `python benchmarks/scaling.py`.
 
-Claim: the cost of an image grows slower than the codebook, shrinks with the batch, and grows no faster than the pixels.
-It also shows what several processes cost on cores that one process could use alone.
+Claim: the cost of an image grows slower than the codebook, shrinks with the batch, and grows at most about as
+fast as the pixels. It also shows what several processes cost on cores that one process could use alone.
 
 Each point is a run of train.py on scikit-learn's digits, on the CPU, in two threads; on the last axis, the processes
 share them. Microseconds per image are the median over intervals 8 to 12 of the log's 14: by then, codes are being

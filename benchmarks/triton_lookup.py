@@ -72,7 +72,8 @@ def main():
     args = parser.parse_args()
     with user_errors():
         device, _ = pick_device("cuda")
-    machine = heading(torch.cuda.get_device_name(), f"CUDA {torch.version.cuda}", f"triton {triton.__version__}")
+    versions = f"CUDA {torch.version.cuda}", f"triton {triton.__version__}"
+    machine = heading(torch.cuda.get_device_name(), *versions, threads=f"{torch.get_num_threads()} threads")
     print(machine)
     print("| N | K | D | plain, ms | kernel, ms | plain / kernel | indices that differ |")
     print("|---|---|---|---|---|---|---|")

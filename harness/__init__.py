@@ -20,7 +20,7 @@ def excepthook(kind, error, traceback):
 
 
 def thread_excepthook(failed):
-    """Say nothing of a full disk in TensorBoard's thread: its writer raises the error again, and the run reports it."""
+    """Say nothing of errors in TensorBoard's thread: its writer raises them again, and the run reports them."""
     if not type(failed.thread).__module__.startswith("tensorboard"):
         threading.__excepthook__(failed)
 

@@ -254,7 +254,7 @@ def check_same(data: Dataset, checkpoint: dict, folder: str | Path):
 
 def torchvision_splits(name: str, data_dir: str | Path, download: bool) -> tuple:
     """Return the images and labels for training, those for testing, and the names of the classes."""
-    data_dir = Path(data_dir)  # torchvision would expand ~ in a str, and then read files that were not checked
+    data_dir = Path(data_dir)
     source = datasets.CIFAR10 if name == "cifar10" else IDX[name]
     whole = all(path.is_file() and intact(path) for path, _, intact in known_files(source, data_dir))
     if name in IDX:
@@ -273,7 +273,8 @@ def torchvision_splits(name: str, data_dir: str | Path, download: bool) -> tuple
                 stack.enter_context(lock)
             if not whole:
                 check_files(source, data_dir)
-            loaded = [source(data_dir, download=download), source(data_dir, train=False)]
+            root = data_dir.absolute()  # torchvision would write to another folder if the path starts with ~
+            loaded = [source(root, download=download), source(root, train=False)]
         except Exception as error:  # no network, or damaged files without a known checksum
             if out_of_memory(error):
                 raise

@@ -374,7 +374,7 @@ def decode(
 ) -> Tensor:
     """Return an image, or the first of an animation, as (C, H, W) uint8; transparent pixels show the background.
 
-    16-bit grey is scaled: 65,535 becomes 255. Floating-point pixels must lie in [0, 1].
+    12- and 16-bit grey is scaled: 4,095 or 65,535 becomes 255. Floating-point pixels must lie in [0, 1].
 
     Raises:
         ValueError, OSError: it is damaged, too large, or of an unsupported format or kind.

@@ -568,7 +568,7 @@ class Run:
             return ""
         try:
             saved = storage.load_checkpoint(self.folder, self.name)
-        except (ValueError, OSError):
+        except (ValueError, OSError, MemoryError, RuntimeError):  # there is none, or no memory to read it
             return ""
         step = saved["progress"]["step"]
         if isinstance(error, FloatingPointError) and step == self.step:  # finite weights, infinite results
@@ -588,7 +588,7 @@ class Run:
         words = ["--resume", self.folder]
         for option, value in flags.items():
             switch = isinstance(value, bool)
-            words += [flag_of(option if value else f"no_{option}")] if switch else [flag_of(option), value]
+            words.append(flag_of(option if value else f"no_{option}") if switch else f"{flag_of(option)}={value}")
         start = "" if self.world_size == 1 else "torchrun ..."
         return command(storage.SCRIPTS[self.name], *words, start=start)
 

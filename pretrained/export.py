@@ -35,8 +35,11 @@ COMPARED = 100  # images drawn with the weights before and after
 
 
 def weights_only(state: dict, weights: dict, half: bool) -> dict:
-    """Return a checkpoint that holds only these weights: no optimizer and no random state."""
-    kept = {name: value.half() if half and value.is_floating_point() else value for name, value in weights.items()}
+    """Return a checkpoint that holds only these weights: no optimizer and no random state.
+
+    With `half`, matrices and kernels are float16. Vectors take little, and counts of codes may exceed its range.
+    """
+    kept = {name: value.half() if half and value.ndim > 1 else value for name, value in weights.items()}
     empty = {name: {} for name in ("typed", "random", "optimizer", "muon", "adamw")}
     empty["means"] = {"steps": 0, "sums": {}}
     args = without_paths(state["args"])

@@ -1,6 +1,7 @@
 import gzip
 import hashlib
 import io
+import os
 import pickle
 import shutil
 import socket
@@ -81,11 +82,18 @@ def test_missing_data_without_network_is_unavailable(mnist, tmp_path):
 
 
 def test_tilde_is_a_folder_like_any_other(mnist, tmp_path, monkeypatch):
-    """torchvision would read the home folder's files, which were not checked."""
+    """torchvision would read the home folder's files, which were not checked, and download to it."""
+    roots = []
+
+    def download(*_, download_root, **__):
+        roots.append(download_root)
+
+    monkeypatch.setattr(datasets.mnist, "download_and_extract_archive", download)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Unavailable, match="mnist is not in ~"):
-        load_dataset("mnist", "~", download=False)
+        load_dataset("mnist", "~")
+    assert roots and all(os.path.expanduser(root) == root for root in roots)
 
 
 def test_lack_of_memory_blames_no_file(mnist, tmp_path, monkeypatch):

@@ -169,7 +169,7 @@ def test_upload_is_prepared_like_other_images(page, tmp_path):
     "content, sentence",
     [
         (bytes(6 * 2**20), "has 6.0 MB"),
-        (file_of(np.zeros((4097, 4097), np.uint8)), "million pixels"),
+        (file_of(np.zeros((4097, 4097), np.uint8)), "16,785,409 pixels"),
         (b"no image", "cannot be shown"),
         (file_of(np.zeros((20, 20), np.uint8))[:-30], "cannot be shown"),
     ],
@@ -294,7 +294,10 @@ def test_missing_gradio_is_one_line(monkeypatch, capsys):
     assert "pip install -r requirements-demo.txt" in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("host, warned", [("127.0.0.1", False), ("::1", False), ("0.0.0.0", True), ("::", True)])
+HOSTS = {"127.0.0.1": False, "::1": False, "[::1]": False, "0.0.0.0": True, "::": True}
+
+
+@pytest.mark.parametrize("host, warned", HOSTS.items())
 def test_open_host_warns(tmp_path, monkeypatch, capsys, host, warned):
     monkeypatch.setattr(demo, "gr", object())
     with pytest.raises(SystemExit, match="2"):  # the folder holds no run
@@ -302,7 +305,8 @@ def test_open_host_warns(tmp_path, monkeypatch, capsys, host, warned):
     assert ("WARNING" in capsys.readouterr().err) == warned
 
 
-@pytest.mark.parametrize("host, port", [("203.0.113.1", None), ("127.0.0.1", "taken"), ("no host", None)])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a socket that Python itself forgets
+@pytest.mark.parametrize("host, port", [("203.0.113.1", None), ("127.0.0.1", "taken"), ("é..b", None)])
 def test_address_that_cannot_be_served_is_one_line(monkeypatch, capsys, host, port):
     """gradio would try it for minutes, or name a flag of its own."""
     monkeypatch.setattr(demo, "gr", object())
@@ -311,6 +315,14 @@ def test_address_that_cannot_be_served_is_one_line(monkeypatch, capsys, host, po
         with pytest.raises(SystemExit, match="2"):
             demo.main(demo.parse_args(flags))
     assert f"cannot be served at --host {host}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("host, name", [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]")])
+def test_address_is_one_that_gradio_understands(monkeypatch, host, name):
+    seen = {}
+    monkeypatch.setattr(demo, "gr", SimpleNamespace(themes=SimpleNamespace(Base=dict)))
+    demo.launch(SimpleNamespace(launch=lambda **options: seen.update(options)), host, None)
+    assert seen["server_name"] == name
 
 
 def test_lack_of_memory_is_no_bug(monkeypatch, capsys):

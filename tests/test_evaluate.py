@@ -71,7 +71,8 @@ def test_metrics_cover_all_images(model, monkeypatch):
 def test_evaluating_changes_nothing_in_the_model(model):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.train()
-    evaluate.evaluate(model, torch.randint(0, 256, (5, 1, 28, 28), dtype=torch.uint8))
+    for measure in (evaluate.evaluate, evaluate.evaluate_jpeg):
+        measure(model, torch.randint(0, 256, (5, 1, 28, 28), dtype=torch.uint8))
     assert model.training and all(torch.equal(before[n], v) for n, v in model.state_dict().items())
 
 

@@ -184,7 +184,7 @@ def test_full_disk_leaves_the_run_intact(trained_run):
     *pictures, error = done.stderr.splitlines()  # pictures that fail do not stop a run
     assert done.returncode == 1 and all(line.startswith("cannot write a picture") for line in pictures), done.stderr
     assert "cannot continue after step 40" in error and "File too large" in error
-    remedy = f"{sys.executable} train.py --resume {trained_run} --steps 40"  # without its flags, nothing is left to do
+    remedy = f"{sys.executable} train.py --resume {trained_run} --steps=40"  # without its flags, nothing is left to do
     assert error.endswith(f"the checkpoint of step 30 is intact; to resume: {remedy}")
     assert (trained_run / "checkpoint.pt").read_bytes() == before
     assert ended(remedy.split(), cwd=ROOT).returncode == 0

@@ -708,7 +708,11 @@ def test_disk_that_fails_while_training_is_one_sentence(folder, monkeypatch):
         next(batches(data.train_images, iter([torch.arange(2)]), torch.device("cpu")))
 
 
-def test_lack_of_memory_in_batches_is_told(folder, monkeypatch):
+FAULTS = [RuntimeError("DefaultCPUAllocator: can't allocate memory"), torch.AcceleratorError("CUDA error: assert")]
+
+
+@pytest.mark.parametrize("error", FAULTS, ids=["memory", "GPU"])
+def test_fault_of_memory_or_gpu_blames_no_image(folder, monkeypatch, error):
     """Its remedy is a smaller batch, not another disk."""
 
     class Loader:
@@ -719,13 +723,13 @@ def test_lack_of_memory_in_batches_is_told(folder, monkeypatch):
             return self
 
         def __next__(self):
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+            raise error
 
         def _shutdown_workers(self):
             pass
 
     monkeypatch.setattr(dataset, "DataLoader", Loader)
-    with pytest.raises(RuntimeError, match="can't allocate memory"):
+    with pytest.raises(type(error), match=str(error)):
         next(batches(load(folder, memory_limit=0).train_images, iter([torch.arange(2)]), torch.device("cpu")))
 
 

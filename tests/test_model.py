@@ -4,6 +4,7 @@ import shutil
 from harness.data import load_dataset
 from harness.storage import load_checkpoint
 
+import numpy as np
 import pytest
 import torch
 
@@ -137,6 +138,23 @@ def test_odd_strides_are_refused():
     for downsample in (1, 3, 0):
         with pytest.raises(ValueError, match="must be a power of two"):
             make(downsample=downsample)
+
+
+def test_other_numbers_of_levels_are_refused():
+    for levels in (0, 3):
+        with pytest.raises(ValueError, match="must be 1 or 2"):
+            make(levels=levels)
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_cast_model_encodes_and_decodes(dtype, levels):
+    """Its codebooks stay in float32; the statistics may be float64, as numpy's are."""
+    model = make(levels=levels, mean=np.float64(0.5)).eval().to(dtype)
+    x = torch.rand(2, 1, 28, 28, dtype=dtype)
+    x_recon, quantized = model(x)
+    assert all(map(torch.equal, model.encode(x), (level.indices for level in quantized)))
+    assert torch.equal(model.decode(model.encode(x)), x_recon.clamp(0, 1)) and x_recon.dtype == torch.float32
 
 
 def test_decode_crops_to_the_size_asked_for():

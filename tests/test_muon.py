@@ -51,6 +51,15 @@ def test_zero_gradients_leave_weights_alone(dtype):
     assert all(torch.equal(a, b) for a, b in zip(matrices(), weights))
 
 
+def test_frozen_weights_are_left_alone():
+    weights = matrices()
+    for weight in weights[1:]:
+        weight.grad = torch.ones_like(weight)
+    Muon(weights, torch.float32).step()
+    Muon(weights[:1], torch.float32).step()
+    assert [torch.equal(a, b) for a, b in zip(matrices(), weights)] == [True] + [False] * (len(weights) - 1)
+
+
 def test_convolutions_are_matrices_of_their_output_channels():
     shaped = [torch.nn.Parameter(torch.randn(6, 3, 2, 4))]
     flat = [torch.nn.Parameter(shaped[0].detach().reshape(6, 24).clone())]

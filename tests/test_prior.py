@@ -59,8 +59,12 @@ def test_near_codes_start_with_near_embeddings():
             assert weight.std().item() == pytest.approx(0.05, rel=0.2)
 
 
-def test_dropout_differs_from_image_to_image():
+@pytest.mark.parametrize("silent", ["from_heads", "mlp.2"])
+def test_dropout_differs_from_image_to_image(silent):
+    """In attention and in the network: the other one is silent."""
     prior = Prior(K, [(2, 4)], classes=3, width=24, depth=1, dropout=0.5)
+    for parameter in prior.blocks[0].get_submodule(silent).parameters():
+        torch.nn.init.zeros_(parameter)
     codes, labels = torch.ones(2, 8, dtype=torch.int64), torch.ones(2, dtype=torch.int64)
     assert not torch.equal(*prior(codes, labels)) and torch.equal(*prior.eval()(codes, labels))
 

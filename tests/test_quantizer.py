@@ -593,3 +593,16 @@ def test_wrong_input_says_what_was_needed():
 def test_impossible_sizes_and_rates_are_refused(options):
     with pytest.raises(ValueError, match="must be"):
         VectorQuantizer(**{"codebook_size": 8, "code_dim": 4} | options)
+
+
+def test_vectors_of_equal_sums_revive_a_code_each():
+    """They are told apart by their projections, which weigh each dimension differently."""
+    vq = make(revive_below=0.5, size=8, codebook=10.0 + torch.arange(8.0)[:, None].expand(8, 4))
+    vq.ema_counts[1:] = 1e-9
+    vq(torch.eye(4))
+    assert vq.revived.sum() == 4
+
+
+def test_nearest_code_takes_tensors_with_gradients():
+    z, codebook = torch.randn(9, 4, requires_grad=True), torch.nn.Parameter(torch.randn(8, 4))
+    assert torch.equal(nearest_code(z, codebook), torch.cdist(z, codebook).argmin(1))

@@ -224,7 +224,7 @@ def test_divergence_ends_the_run_before_it_saves(tmp_path, capsys, way):
     assert script.parse_args(advice.split()[2:]).lr == 5e19
     with pytest.raises(SystemExit):
         script.main(script.parse_args([*advice.split()[2:], "--codebook-lr=1"]))
-    assert capsys.readouterr().err.strip().endswith("--lr 2.5e+19 --codebook-lr 0.5")
+    assert capsys.readouterr().err.strip().endswith("--lr=2.5e+19 --codebook-lr=0.5")
     assert all(value.isfinite().all() for value in saved["model"].values())
     logged = "".join(path.read_text() for path in tmp_path.glob("metrics.csv"))  # none if the first line diverged
     assert "nan" not in logged and "inf" not in logged
@@ -286,6 +286,21 @@ def test_lack_of_memory_while_training_is_one_line(tmp_path, in_step, capsys):
     printed = capsys.readouterr().err
     assert ended.value.code == 1 and printed.count("\n") == 1
     assert "out of memory after step 3" in printed and "checkpoint of step 2 is intact" in printed
+
+
+def test_no_memory_to_read_the_checkpoint_is_one_line(tmp_path, in_step, monkeypatch, capsys):
+    def full(*_):
+        raise MemoryError
+
+    def fill():
+        monkeypatch.setattr(run.storage, "load_checkpoint", full)
+        full()
+
+    in_step(3, fill)
+    with pytest.raises(SystemExit) as ended:
+        train(tmp_path, "--steps=4", "--save-every=2")
+    printed = capsys.readouterr().err
+    assert ended.value.code == 1 and printed.count("\n") == 1 and "out of memory after step 3" in printed
 
 
 # Ranks
@@ -691,7 +706,7 @@ def test_resume_command_keeps_changed_flags(trained_run, capsys, in_step):
         raise OSError("no disk")
 
     in_step(33, fail)
-    flags = ["--steps=40", "--lr=0.5", "--log-every=7", "--tensorboard", "--precision=float32"]
+    flags = ["--steps=40", "--lr=0.5", "--log-every=7", "--tensorboard", "--precision=float32", "--data-dir=-mnt"]
     with pytest.raises(SystemExit):
         script.main(script.parse_args([f"--resume={trained_run}", *flags]))
     words = shlex.split(capsys.readouterr().err.strip().split("to resume: ")[1])[2:]
