@@ -524,7 +524,7 @@ def main(args: argparse.Namespace):
         if gr is None:
             raise ValueError("the page needs gradio: pip install -r requirements-demo.txt")
         os.environ["GRADIO_TEMP_DIR"] = folder  # uploads, which are deleted with it
-        host = args.host.strip("[]")  # around an IPv6 address
+        host = args.host.strip("[]") or args.host  # around an IPv6 address; "" would be every network
         if host not in LOOPBACK:
             say(f"*** WARNING: anyone who can reach {host} can use this page: it has no password", error=True)
         check_address(host, args.port)

@@ -2,7 +2,7 @@
 
 Aims (two cores with AVX512-BF16, medians of 3 seeds): `python train.py` with no flags ends at 31.0 dB or more with all
 512 codes used, in less than 3 minutes and 2 GB; 28.0 dB takes less than 17 s, and MSE 0.00414 less than 5 s of
-training. All hold with and without --ema.
+training. With --ema the aims are the same; benchmarks/README.md says which are missed.
 
 Each row is a whole `python train.py --steps N` in two threads, with the schedule of its own length, once per seed.
 Seconds are those of summary.json: training, pictures and all measurements, from the first step on. Memory is the

@@ -379,6 +379,8 @@ def decode(
     Raises:
         ValueError, OSError: it is damaged, too large, or of an unsupported format or kind.
     """
+    if isinstance(source, Path):  # Pillow would map an uncompressed TIFF file, and scramble one that has to be turned
+        source = io.BytesIO(source.read_bytes())
     with Image.open(source, formats=FORMATS) as opened:
         image = ImageOps.exif_transpose(opened)  # upright
         if image.mode == "F" or image.mode.startswith("I"):

@@ -584,7 +584,10 @@ class Run:
         if failed_to_compile(error):
             flags["compile"] = False
         if isinstance(error, FloatingPointError):  # with the same rates, it would diverge again
-            flags |= {k: f"{getattr(self.args, k) / 2:g}" for k in LEARNING_RATES if hasattr(self.args, k)}
+            rates = {k: getattr(self.args, k) for k in LEARNING_RATES if hasattr(self.args, k)}
+            raised = {k for k, rate in rates.items() if rate > saved[k]}
+            flags = {k: v for k, v in flags.items() if k not in raised}  # back to the rates of the checkpoint
+            flags |= {} if raised else {k: f"{rate / 2:g}" for k, rate in rates.items()}
         words = ["--resume", self.folder]
         for option, value in flags.items():
             switch = isinstance(value, bool)

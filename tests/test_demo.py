@@ -306,7 +306,7 @@ def test_open_host_warns(tmp_path, monkeypatch, capsys, host, warned):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a socket that Python itself forgets
-@pytest.mark.parametrize("host, port", [("203.0.113.1", None), ("127.0.0.1", "taken"), ("é..b", None)])
+@pytest.mark.parametrize("host, port", [("203.0.113.1", None), ("127.0.0.1", "taken"), ("[]", None), ("é..b", None)])
 def test_address_that_cannot_be_served_is_one_line(monkeypatch, capsys, host, port):
     """gradio would try it for minutes, or name a flag of its own."""
     monkeypatch.setattr(demo, "gr", object())

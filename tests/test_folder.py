@@ -533,6 +533,19 @@ def test_turned_tiff_has_its_size(tmp_path):
     assert any(np.array_equal(image, np.rot90(pixels, -1).transpose(2, 0, 1)) for image in both)
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB", "I;16"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_turned_tiff_has_its_pixels(tmp_path, orientation, mode):
+    """From a path, Pillow maps a file into memory with the sides of the turned image."""
+    pixels = {"L": COLORS[..., 0], "RGB": COLORS, "I;16": DEEP}[mode]
+    Image.fromarray(pixels).save(tmp_path / "a.tif", tiffinfo={0x0112: orientation})
+    turns = {1: 0, 2: 0, 3: 2, 4: 2, 5: 3, 6: 3, 7: 1, 8: 1}[orientation]
+    expected = np.rot90(pixels, turns)
+    expected = expected[:, ::-1] if orientation in (2, 4, 5, 7) else expected
+    expected = np.atleast_3d(expected // 257 if mode == "I;16" else expected).transpose(2, 0, 1)
+    assert np.array_equal(decode(tmp_path / "a.tif", expected.shape[0], None), expected)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_header_has_the_size_of_the_image(tmp_path, orientation):
     exif = Image.Exif()

@@ -223,11 +223,21 @@ def test_divergence_ends_the_run_before_it_saves(tmp_path, capsys, way):
     advice = printed.strip().split("to resume: ")[1]  # by the same steps it would diverge again
     assert script.parse_args(advice.split()[2:]).lr == 5e19
     with pytest.raises(SystemExit):
-        script.main(script.parse_args([*advice.split()[2:], "--codebook-lr=1"]))
-    assert capsys.readouterr().err.strip().endswith("--lr=2.5e+19 --codebook-lr=0.5")
+        script.main(script.parse_args(advice.split()[2:]))
+    assert capsys.readouterr().err.strip().endswith("--lr=2.5e+19 --codebook-lr=0.01")
     assert all(value.isfinite().all() for value in saved["model"].values())
     logged = "".join(path.read_text() for path in tmp_path.glob("metrics.csv"))  # none if the first line diverged
     assert "nan" not in logged and "inf" not in logged
+
+
+def test_raised_rate_that_diverges_is_taken_back(trained_run, capsys):
+    """The others are as they were when the checkpoint was written."""
+    flags = ["--steps=40", "--save-every=5", "--log-every=1", "--lr=1e25"]
+    with pytest.raises(SystemExit):
+        script.main(script.parse_args([f"--resume={trained_run}", *flags]))
+    words = shlex.split(capsys.readouterr().err.strip().split("to resume: ")[1])[2:]
+    assert words == ["--resume", str(trained_run), "--steps=40", "--save-every=5", "--log-every=1"]
+    script.main(script.parse_args(words))
 
 
 def test_divergence_of_the_last_step_starts_anew(tmp_path, capsys):
