@@ -23,7 +23,7 @@ import sys
 import time
 from pathlib import Path
 
-from machine import ROOT, heading, read_json, write_json
+from machine import ROOT, exit_if_failed, heading, read_json, write_json
 
 from harness.data import NAMES, dataset_of
 from harness.storage import load_checkpoint
@@ -50,8 +50,7 @@ def cpu_seconds(name: str, *flags) -> float:
     command = [sys.executable, ROOT / name, *flags, *often]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(list(map(str, command)), stdout=subprocess.DEVNULL, env=environment)
-    if done.returncode:  # 2: a user's mistake, which the script has named
-        sys.exit(2 if done.returncode == 2 else f"{name} failed with exit code {done.returncode}")
+    exit_if_failed(done.returncode, name)
     after = os.times()
     return after.children_user + after.children_system - before.children_user - before.children_system
 

@@ -43,10 +43,14 @@ def run(script: str, *flags) -> dict:
     """Run a script of the repository in two threads, by default on the CPU; return its peak memory, in GB."""
     command = [sys.executable, __file__, ROOT / script, "--device=cpu", *map(str, flags)]
     process = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
-    if process.returncode:
-        failed = f"{script} {' '.join(map(str, flags))} failed with exit code {process.returncode}"
-        sys.exit(2 if process.returncode == 2 else failed)  # 2: a user's mistake, which the script has named
+    exit_if_failed(process.returncode, f"{script} {' '.join(map(str, flags))}")
     return json.loads(process.stdout.splitlines()[-1])
+
+
+def exit_if_failed(code: int, command: str):
+    """End if a command ended with an exit code that is not 0; of a user's mistake, 2, it has said enough itself."""
+    if code:
+        sys.exit(2 if code == 2 else f"{command} failed with exit code {code}")
 
 
 def train(*flags) -> dict:

@@ -129,8 +129,9 @@ def lookup(args) -> Iterator[dict]:
                 if args.device == "cuda":
                     torch.cuda.synchronize()
 
-            median_seconds(call, repeats=5)  # a GPU that was idle runs at a low clock at first
-            seconds = median_seconds(call, repeats=5 if args.tiny else 200)
+            repeats = 5 if args.tiny else 200
+            median_seconds(call, repeats)  # a GPU that was idle runs at a low clock at first
+            seconds = median_seconds(call, repeats)
             yield {f"lookup, N {n:,}, K {size:,}, D {dim}, {way}, ms": seconds * 1e3}
 
 

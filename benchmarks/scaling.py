@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from machine import ROOT, heading, write_json
+from machine import ROOT, exit_if_failed, heading, write_json
 
 from harness.cli import number
 
@@ -50,8 +50,7 @@ def microseconds_per_image(flag: str, value: int) -> float:
         command = [*start, ROOT / "train.py", *flags]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
             times = [time.perf_counter() for line in process.stdout if line.startswith("step ")]
-        if process.returncode:
-            sys.exit(f"train.py {' '.join(flags)} failed with exit code {process.returncode}")
+        exit_if_failed(process.returncode, f"train.py {' '.join(flags)}")
     between = [b - a for a, b in zip(times[LINES // 2 : -2], times[LINES // 2 + 1 : -1])]
     return 1e6 * statistics.median(between) / (every * batch_size)
 

@@ -404,7 +404,7 @@ def to_8_bits(image: Image.Image, opened: Image.Image, background: str) -> Image
         highest, what = 2**bits - 1, f"{bits}-bit numbers"
     if not (values.min() >= 0 and values.max() <= highest):  # refuses NaN too
         raise ValueError(f"its pixels are {what} from {values.min()} to {values.max()}, not from 0 to {highest:g}")
-    if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # 0 is white; Pillow turns only 8-bit images round
+    if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # 0 is white; Pillow inverts only 8-bit images
         values = highest - values
     grey = Image.fromarray((values * (255 / highest)).round().astype(np.uint8))
     if "transparency" not in image.info:

@@ -428,7 +428,7 @@ class Run:
         return step % self.args.save_every == 0 or step in (self.args.steps, self.saved)
 
     def save(self):
-        """Write the checkpoint. All ranks call it, at each step first before anything is measured or drawn."""
+        """Write the checkpoint. All ranks call it; the first call at a step comes before any measurement or picture."""
         self._read_clock()
         state = {name: dict(v) if isinstance(v, dict) else v.state_dict() for name, v in self.kept.items()}
         progress = {"step": self.step, "logged": self.logged, "seconds": self.seconds}
@@ -586,8 +586,10 @@ class Run:
         if isinstance(error, FloatingPointError):  # with the same rates, it would diverge again
             rates = {k: getattr(self.args, k) for k in LEARNING_RATES if hasattr(self.args, k)}
             raised = {k for k, rate in rates.items() if rate > saved[k]}
-            flags = {k: v for k, v in flags.items() if k not in raised}  # back to the rates of the checkpoint
-            flags |= {} if raised else {k: f"{rate / 2:g}" for k, rate in rates.items()}
+            if raised:  # go back to the rates of the checkpoint
+                flags = {k: v for k, v in flags.items() if k not in raised}
+            else:
+                flags |= {k: f"{rate / 2:g}" for k, rate in rates.items()}
         words = ["--resume", self.folder]
         for option, value in flags.items():
             switch = isinstance(value, bool)

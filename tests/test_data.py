@@ -97,16 +97,12 @@ def test_tilde_is_a_folder_like_any_other(mnist, tmp_path, monkeypatch):
 
 
 def test_lack_of_memory_blames_no_file(mnist, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.MNIST, "_load_data", fails_with(MemoryError()))
+    def load(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(datasets.MNIST, "_load_data", load)
     with pytest.raises(MemoryError):
         load_dataset("mnist", tmp_path)
-
-
-def fails_with(error):
-    def fail(*_args):
-        raise error
-
-    return fail
 
 
 def damage(path, how):
