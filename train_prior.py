@@ -38,7 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser("Train a prior over the codes of a run of train.py; save it in the run's folder.")
     positive, rate = number(int, 1, 2**31), number(float, 0, 1e30)
     parser.add_argument("--run", default="results", help="folder of the run of train.py")
-    parser.add_argument("--data-dir", help="folder of the data set, if it has moved")
+    parser.add_argument("--data-dir", help="folder of the data set, if it has moved; named sets are downloaded to it")
     group = parser.add_argument_group("model")
     group.add_argument("--width", type=positive, default=192, help="channels of the transformer")
     group.add_argument("--depth", type=number(int, 1, 1000), default=4, help="blocks of the transformer")

@@ -3,8 +3,8 @@
 Claim: `VectorQuantizer` takes the least time and memory of three, for N vectors, K codes of D dimensions, with either
 way of learning. The others are `VectorQuantize` of vector-quantize-pytorch (the version that requirements-dev.txt pins,
 Euclidean distance, straight-through gradient, with moving averages or a learnable codebook) and the textbook layer: all
-N x K distances, then one-hot vectors. All three are in train mode, and the cost includes each layer's codebook update;
-k-means and revival are off.
+N x K distances, then one-hot vectors. All three are in train mode; with moving averages, the cost includes the codebook
+update. K-means and revival are off.
 
 Each case runs in its own process with two threads: a warm-up, then the median of the repeats. Fast cases repeat for at
 least 2 s, slow ones stop after 10 s. Memory is the peak of the process minus its peak before the first call. A case is

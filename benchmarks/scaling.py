@@ -4,7 +4,7 @@ Claim: the cost of an image grows slower than the codebook, shrinks with the bat
 fast as the pixels. It also shows what several processes cost on cores that one process could use alone.
 
 Each point is a run of train.py on scikit-learn's digits, on the CPU, in two threads; on the last axis, the processes
-share them. Microseconds per image are the median over intervals 8 to 12 of the log's 14: by then, codes are being
+share them. Microseconds per image are the median between lines 8 and 13 of the log's 14: by then, codes are being
 revived (not yet at 224x224 pixels, where intervals are single steps). Points are measured in turns; each gets the
 median of its repeats. The other axes stay at K = 512, batches of 32, 28x28 pixels and one process.
 """

@@ -1,9 +1,9 @@
 """Export the weights of a run, for use but not for training: `python pretrained/export.py --run results --out DIR`.
 
-Writes checkpoint.pt, prior.pt if the run has a prior, and summary.json into a new folder, which every other script
-takes as `--run`. Weights stay float32 if all files together take at most 8 MB. If not, the prior's weights are rounded
-to float16, and if that is not enough, the VQ-VAE's too; the scripts still compute in float32. The effect of the
-rounding is measured and printed.
+Writes checkpoint.pt, prior.pt if the run has a prior, and summary.json into a new folder, which evaluate.py,
+reconstruct.py, sample.py and demo.py take as `--run`. Weights stay float32 if all files together take at most 8 MB. If
+not, the prior's weights are rounded to float16, and if that is not enough, the VQ-VAE's too; the scripts still compute
+in float32. The effect of the rounding is measured and printed.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def compare(run: str, out: Path) -> str:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("Export the weights of a finished run to a folder that every other script takes as --run.")
+    parser = make_parser("Export the weights of a finished run to a folder that can be used, but not trained.")
     parser.add_argument("--run", default="results", help="folder of the run")
     parser.add_argument("--out", metavar="DIR", required=True, help="new folder to write to")
     return parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""With --precision=float32, no script computes in less anywhere: not in the network, the optimizer or the lookup."""
+"""With --precision=float32, no script computes in 16 bits: not in the network, the optimizer or the lookup."""
 
 import pytest
 import torch
