@@ -140,7 +140,16 @@ def command(script: str, *words: str | Path, start: str = "") -> str:
     path = Path(__file__).parents[1] / script
     with contextlib.suppress(ValueError, OSError):  # Windows: on another drive; or the working directory is gone
         path = os.path.relpath(path)
-    return f"{start or shlex.quote(sys.executable)} {shlex.join([str(path), *words])}"
+    return f"{start or shell_words(sys.executable)} {shell_words(path, *words)}"
+
+
+def shell_words(*words: str | Path) -> str:
+    """Join words for a shell; those that cannot be printed as they are become $'...', as bash and zsh read it."""
+    quoted = []
+    for word in map(str, words):
+        escaped = printable(word.replace("\\", r"\\").replace("'", r"\'"))
+        quoted.append(shlex.quote(word) if printable(word) == word else f"$'{escaped}'")
+    return " ".join(quoted)
 
 
 def printable(name) -> str:

@@ -7,14 +7,13 @@ import hashlib
 import math
 import os
 import secrets
-import shlex
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from harness.cli import say
+from harness.cli import say, shell_words
 from harness.machine import out_of_memory
 
 import filelock
@@ -322,13 +321,20 @@ def load_checkpoint(folder: str | Path, name: str = CHECKPOINT) -> dict:
     try:
         return read_checkpoint(checkpoint_path(folder, name), name)
     except Damaged as error:
-        path, previous = checkpoint_path(folder, name), checkpoint_path(folder, name, previous=True)
-        try:
-            step = read_checkpoint(previous, name)["progress"]["step"]
-        except ValueError:
-            raise error from None
-        copy = shlex.join(["cp", "--", str(previous), str(path)])
-        raise ValueError(f"{error}; to resume from step {step} instead: {copy}") from error
+        if remedy := way_back(folder, name):
+            raise ValueError(f"{error}; {remedy}") from error
+        raise
+
+
+def way_back(folder: str | Path, name: str) -> str:
+    """Return how to go back to the checkpoint before the last one, or "" if there is none."""
+    path, previous = checkpoint_path(folder, name), checkpoint_path(folder, name, previous=True)
+    try:
+        step = read_checkpoint(previous, name)["progress"]["step"]
+    except ValueError:
+        return ""
+    copy = shell_words("cp", "--", previous, path)
+    return f"to resume from step {step} instead: {copy}" if step > 0 else ""
 
 
 def read_checkpoint(path: Path, name: str) -> dict:

@@ -10,6 +10,10 @@ import threading
 import zlib
 from pathlib import Path
 
+# Several tests run at once, so each process has one thread, and threads that wait leave their core to the others.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from harness.run import Run
 from harness.storage import load_checkpoint
 
@@ -22,7 +26,6 @@ from PIL import Image
 import train as script
 import train_prior as prior_script
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave their processor to the other tests
 ROOT = Path(__file__).parent.parent
 PROGRAMS = Path(__file__).parent / "programs"  # what some tests run in a process of its own
 SMALL = ["--dataset=digits", "--codebook-size=32", "--code-dim=8", "--width=8", "--blocks=1", "--batch-size=16"]
@@ -94,6 +97,15 @@ def stop_at(in_step):
         assert stopped.value.code == 128 + signum
 
     return train_and_stop
+
+
+@contextlib.contextmanager
+def batches_of(model):
+    """Yield a list that gets the number of images of each batch that the model encodes."""
+    sizes = []
+    hook = model.levels[-1].encoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    yield sizes
+    hook.remove()
 
 
 LIMIT = 240  # seconds; pytest itself ends a test that takes 900, and would leave its processes running

@@ -51,7 +51,7 @@ def test_equal_bits_is_the_largest_codebook_that_fits(size, codes, other):
 @pytest.mark.slow
 def test_all_measurements_on_a_gpu_run_through(tmp_path):
     """At small sizes and on a CPU. A part that fails is named in the table, and the rest is still measured."""
-    hidden = environment(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+    hidden = environment(CUDA_VISIBLE_DEVICES="")
     for name in CLONES:
         (tmp_path / name).mkdir()
     shutil.copy(ROOT / "tests" / "programs" / "peer.py", tmp_path / CLONES[0] / "modules.py")  # the others are empty

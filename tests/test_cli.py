@@ -5,6 +5,7 @@ import fcntl
 import os
 import re
 import shlex
+import shutil
 import signal
 import struct
 import subprocess
@@ -13,7 +14,7 @@ import termios
 from pathlib import Path
 
 from harness import cli
-from harness.cli import abbreviate, command, number, progress, say, user_errors
+from harness.cli import abbreviate, command, number, progress, say, shell_words, user_errors
 from harness.storage import load_checkpoint
 
 import pytest
@@ -161,6 +162,16 @@ def test_backend_that_matplotlib_lacks_is_one_line():
 
 def test_command_takes_no_folder_for_a_flag():
     assert shlex.split(command("sample.py", "--run", Path("-run")))[2:] == ["--run", "./-run"]
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="asks bash")
+def test_any_name_can_be_pasted():
+    """On one line, whatever is in it."""
+    names = ["plain", "two words", "it's $HOME", "a\nb\t'c'\\n", "caf\udce9", "\x1b[31m red", "猫\u200b"]
+    line = shell_words("printf", r"%s\0", *names)
+    assert line.isprintable()
+    done = ended(["bash", "-c", line], text=False, check=True)
+    assert done.stdout == b"".join(os.fsencode(name) + b"\0" for name in names)
 
 
 def test_ctrl_c_while_torch_is_imported():

@@ -1,6 +1,7 @@
 import gzip
 import hashlib
 import io
+import math
 import os
 import pickle
 import shutil
@@ -28,7 +29,7 @@ from harness.storage import lock_folder
 import numpy as np
 import pytest
 import torch
-from conftest import refusal
+from conftest import SMALL, refusal, train
 from sklearn.datasets import load_digits
 from torchvision import datasets
 from torchvision.transforms.functional import resize
@@ -392,3 +393,29 @@ def test_ranks_flip_what_one_process_would(monkeypatch):
 @pytest.mark.parametrize("color", ["colourless", "#12", "", "line\nbreak", "rgb(300,0,0)"])
 def test_unknown_background_is_refused(capsys, color):
     assert "is not a colour; use a name" in refusal(capsys, script, f"--background={color}")
+
+
+@pytest.mark.parametrize("name", data.IDX)
+def test_sets_are_the_ones_they_are_called(name):
+    assert data.IDX[name].__name__.lower() == name.replace("-", "")
+
+
+@pytest.mark.parametrize(("in_memory", "limit"), [(True, math.inf), (False, 0)])
+def test_ranks_keep_images_where_rank_0_does(folder, tmp_path, monkeypatch, in_memory, limit):
+    """Their machine may have more or less memory, and their batches would be read in another way."""
+    limits, load = [], data.load_dataset
+    monkeypatch.setattr(data, "rank", lambda: 1)
+    monkeypatch.setattr(data, "from_rank_0", lambda *_: (str(folder), in_memory))
+    monkeypatch.setattr(
+        data, "load_dataset", lambda *args, **options: (limits.append(args[4]), load(*args, **options))[1]
+    )
+    data.load_training_data(script.parse_args([*SMALL, f"--out-dir={tmp_path}", "--memory-limit=1"]))
+    assert limits == [limit]
+
+
+def test_folder_is_decoded_once_for_all_runs(folder, tmp_path, monkeypatch):
+    flags = [f"--dataset={folder}", "--steps=1", "--batch-size=4"]
+    train(tmp_path, *flags)
+    assert (tmp_path / "images.pt").is_file()
+    monkeypatch.setattr("harness.folder.decode", None)
+    train(tmp_path, *flags, "--seed=1")

@@ -241,8 +241,7 @@ def test_left_out_codes_are_blank(page):
     assert shown.count("disabled") == 2 and "4 codes are kept" in shown
 
 
-def test_page_opens_without_prior_and_images(finished_run, tmp_path):
-    """The data set is not there: a folder of images that has gone."""
+def test_page_opens_without_a_prior(finished_run, tmp_path):
     run = shutil.copytree(finished_run, tmp_path / "run")
     page = demo.load_page(str(run))
     assert page.prior is None and f"train_prior.py --run {run}" in page.missing["prior"]
@@ -275,6 +274,13 @@ def test_lost_test_images_are_replaced(folder, tmp_path):
     shutil.rmtree(folder)
     page = demo.load_page(str(tmp_path / "run"))
     assert "does not exist" in page.missing["test images"] and page.examples.shape == (1, 3, 12, 16)
+
+
+def test_moved_test_images_are_found(folder, tmp_path):
+    train(tmp_path / "run", "--steps=2", f"--dataset={folder}")
+    moved = folder.rename(tmp_path / "moved")
+    page = demo.load_page(str(tmp_path / "run"), str(moved))
+    assert "test images" not in page.missing and len(page.examples) == 10
 
 
 def test_prior_stands_in_for_test_images(generating_run, monkeypatch):
@@ -321,8 +327,9 @@ def test_address_that_cannot_be_served_is_one_line(monkeypatch, capsys, host, po
 def test_address_is_one_that_gradio_understands(monkeypatch, host, name):
     seen = {}
     monkeypatch.setattr(demo, "gr", SimpleNamespace(themes=SimpleNamespace(Base=dict)))
-    demo.launch(SimpleNamespace(launch=lambda **options: seen.update(options)), host, None)
-    assert seen["server_name"] == name
+    demo.launch(SimpleNamespace(launch=lambda **options: seen.update(options)), host, 7999)
+    assert seen["server_name"] == name and seen["server_port"] == 7999
+    assert seen["max_file_size"] == demo.MAX_BYTES  # or a visitor could fill the disk
 
 
 def test_lack_of_memory_is_no_bug(monkeypatch, capsys):

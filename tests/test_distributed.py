@@ -82,7 +82,7 @@ def test_codebook_learns_from_all_ranks(tmp_path, ranks):
 def torchrun(*flags, nproc=2, inside=(), interface=None):
     elastic = [*inside, sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={nproc}"]
     variables = {"GLOO_SOCKET_IFNAME": interface} if interface else {}
-    options = {"stderr": subprocess.STDOUT, "env": environment(OMP_NUM_THREADS="1", **variables)}
+    options = {"stderr": subprocess.STDOUT, "env": environment(**variables)}
     return started([*elastic, *flags], **options)
 
 
@@ -254,7 +254,7 @@ def start_ranks(*flags, script="train.py", folders=(ROOT, ROOT)):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1"}
-    job |= {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": "0", "OMP_NUM_THREADS": "1"}
+    job |= {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": "0"}
     command = [sys.executable, ROOT / script, *flags]
     with contextlib.ExitStack() as stack:
         ranks = []

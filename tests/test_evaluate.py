@@ -10,7 +10,7 @@ from harness.storage import load_checkpoint
 import numpy as np
 import pytest
 import torch
-from conftest import refusal, train
+from conftest import batches_of, refusal, train
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -56,13 +56,17 @@ def test_metrics_cover_all_images(model, monkeypatch):
     measured, (counts,) = evaluate.evaluate(model, images)
     for count in (1, 10):
         monkeypatch.setattr(data, "CHUNK_PIXELS", count * 28 * 28)
-        assert evaluate.evaluate(model, images)[0] == pytest.approx(measured, rel=1e-5)
+        with batches_of(model) as seen:
+            assert evaluate.evaluate(model, images)[0] == pytest.approx(measured, rel=1e-5)
+        assert max(seen) == count
     with torch.no_grad():
         x = images.numpy() / 255
         x_recon = model.eval()(images / 255).x_recon.clamp(0, 1).double().numpy()
     mse = ((x - x_recon) ** 2).mean((1, 2, 3))
     assert measured["test_mse"] == pytest.approx(mse.mean(), rel=1e-5)
     assert measured["test_psnr"] == pytest.approx((10 * np.log10(1 / mse)).mean(), rel=1e-5)
+    ssims = [scipy_ssim(a, b) for a, b in zip(x[:, 0], x_recon[:, 0])]
+    assert measured["test_ssim"] == pytest.approx(np.mean(ssims), abs=1e-5)
     share = (counts[counts > 0] / counts.sum()).numpy()
     assert measured["perplexity"] == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-5)
     assert measured["codes_used"] == (counts > 0).sum() and counts.sum() == 37 * 49

@@ -30,6 +30,7 @@ def test_exported_run_draws_the_same_images(prior_run, tmp_path, capsys):
     kept, made = (json.loads((run / "summary.json").read_text()) for run in (out, prior_run))
     assert kept["arguments"].pop("out_dir") == "results" != made["arguments"].pop("out_dir")  # no path of the maker's
     assert kept == made and load_checkpoint(out)["args"]["out_dir"] == "results"
+    assert load_checkpoint(out, PRIOR)["args"]["run"] == "results"
 
 
 def test_pretrained_model_fits_the_code():

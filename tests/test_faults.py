@@ -12,7 +12,21 @@ import time
 from harness.storage import load_checkpoint
 
 import pytest
-from conftest import LIMIT, PROGRAMS, ROOT, SMALL, TINY, ended, killed_after, rows, same_run, same_state, started, train
+from conftest import (
+    LIMIT,
+    PROGRAMS,
+    ROOT,
+    SMALL,
+    TINY,
+    ended,
+    environment,
+    killed_after,
+    rows,
+    same_run,
+    same_state,
+    started,
+    train,
+)
 
 SHORT = [*SMALL, "--steps=20", "--save-every=7", "--log-every=3"]
 
@@ -24,7 +38,8 @@ def forker():
     The child dies or gets a signal where the keywords say, which tests/programs/forker.py explains.
     """
     command = [sys.executable, PROGRAMS / "forker.py"]
-    with started(command, seconds=3600, stdin=subprocess.PIPE) as process:  # of all tests below
+    threads = environment(OMP_NUM_THREADS="2")  # unlike in the other tests
+    with started(command, seconds=3600, stdin=subprocess.PIPE, env=threads) as process:  # of all tests below
 
         def run(folder, flags=SHORT, script="train", **fate):
             option = "--out-dir" if script == "train" else "--run"

@@ -144,8 +144,10 @@ def test_samples_keep_rows_and_fill_with_grey(tmp_path, drawn):
 
 def test_samples_are_twenty_by_twenty_at_most(tmp_path, drawn):
     images = torch.randint(0, 256, (23, 25, 1, 4, 4), dtype=torch.uint8)
-    figures.save_samples(tmp_path / "samples.png", list(images), "title")
+    names = [f"class {i}" for i in range(23)]
+    figures.save_samples(tmp_path / "samples.png", list(images), "title", names)
     seen = read_grid(tmp_path / "samples.png", drawn[0], 4, 4)
+    assert [label.get_text() for label in drawn[0].axes[0].get_yticklabels()] == names[:20]
     assert seen.shape[:2] == (20, 20) and all(same_images(row, images[i, :20]) for i, row in enumerate(seen))
 
 

@@ -200,6 +200,8 @@ def test_decoded_images_are_kept_until_folder_changes(folder, tmp_path, monkeypa
     assert times_decoded() == 30
     monkeypatch.setattr(folders.PIL, "__version__", "0")
     assert times_decoded() == 30
+    monkeypatch.setattr(folders, "DECODER", "next")
+    assert times_decoded() == 30
     path.rename(folder / "train" / "cat" / "new.png")  # of the same number
     assert times_decoded() == 30
     (folder / "train" / "cat" / "new.png").rename(path)
@@ -669,10 +671,11 @@ def test_hidden_folders_are_skipped(folder):
 
 
 def test_promised_formats_are_read(tmp_path):
-    for ending in ("png", "jpg", "webp", "gif", "bmp", "tif", "ppm"):
+    endings = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff", "ppm")
+    for ending in endings:
         save(tmp_path / f"a.{ending}")
     data = load(tmp_path)
-    assert len(data.train_images) + len(data.test_images) == 7
+    assert len(data.train_images) + len(data.test_images) == len(endings)
 
 
 def test_images_beside_a_run_are_never_lost(capsys, folder, tmp_path):

@@ -71,7 +71,6 @@ def test_notebook_asks_colab_users_for_the_address(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_notebook_runs_from_top_to_bottom(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # two threads that wait for each other beside other tests take longer
+def test_notebook_runs_from_top_to_bottom():
     here = {"metadata": {"path": PATH.parent}}
     NotebookClient(nbformat.read(PATH, as_version=4), timeout=600, kernel_name="python3", resources=here).execute()

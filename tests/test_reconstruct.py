@@ -12,7 +12,7 @@ from harness.storage import load_checkpoint
 import numpy as np
 import pytest
 import torch
-from conftest import refusal, save, train
+from conftest import batches_of, refusal, save, train
 from PIL import Image
 
 import evaluate
@@ -252,6 +252,14 @@ def test_refining_far_places_at_once_lowers_the_error(downsample, levels, blocks
     assert (errors[0] > errors[1]).all() and (errors[0] > errors[2]).all()
 
 
+def test_refining_tries_each_code_at_most(trained_run):
+    """More candidates than there are codes are all codes."""
+    model = load_model(load_checkpoint(trained_run))
+    x = to_pixels(load_dataset("digits").test_images[:2], "cpu")
+    every, more = (refine(model, x, model.encode(x), candidates) for candidates in (32, 600))
+    assert torch.equal(*every, *more)
+
+
 def test_refined_codes_reach_the_files(trained_run, tmp_path):
     """And decode to the images beside them, which are nearer to the originals."""
     for name, *flags in (("plain",), ("refined", "--refine=3")):
@@ -485,6 +493,17 @@ def test_few_large_images_are_computed_at_once(trained_run, tmp_path, monkeypatc
     run(trained_run, tmp_path / "mine", f"--out={tmp_path / 'out'}")
     monkeypatch.setattr(data, "CHUNK_PIXELS", 2 * 28 * 28)
     run(trained_run, f"--codes={tmp_path / 'out' / 'codes.npz'}", f"--out={tmp_path / 'again'}")
+    model = load_model(load_checkpoint(trained_run))
+    with batches_of(model) as sizes:
+        script.encode(model, torch.zeros(7, 1, 28, 28, dtype=torch.uint8))
+    assert sizes == [2, 2, 2, 1]
     for path in (tmp_path / "out" / "reconstructions").iterdir():
         difference = read(path).int() - read(tmp_path / "again" / "reconstructions" / path.name).int()
         assert difference.abs().max() <= 1
+
+
+def test_moved_test_images_are_found(folder, tmp_path):
+    train(tmp_path / "run", "--steps=2", "--batch-size=4", f"--dataset={folder}")
+    moved = folder.rename(tmp_path / "moved")
+    run(tmp_path / "run", f"--data-dir={moved}")
+    assert (tmp_path / "run" / "reconstructed.png").is_file()

@@ -21,7 +21,21 @@ from harness.storage import load_checkpoint, save_checkpoint
 
 import pytest
 import torch
-from conftest import PROGRAMS, ROOT, SIGNALS, SMALL, TINY, program, refusal, rows, same_run, started, train, train_prior
+from conftest import (
+    PROGRAMS,
+    ROOT,
+    SIGNALS,
+    SMALL,
+    TINY,
+    ended,
+    program,
+    refusal,
+    rows,
+    same_run,
+    started,
+    train,
+    train_prior,
+)
 
 import evaluate
 import reconstruct
@@ -128,6 +142,17 @@ def test_second_ctrl_c_ends_at_once(tmp_path, in_step):
     with pytest.raises(SystemExit):
         train(tmp_path, "--steps=4")
     assert handlers == [signal.SIG_DFL]
+
+
+def test_second_ctrl_c_of_torchrun_is_the_first(tmp_path, in_step, monkeypatch):
+    """The terminal sends one to each rank, and torchrun forwards its own."""
+    monkeypatch.setattr(run.dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(run, "join_ranks", lambda device: (0, "job"))
+    handlers = []
+    in_step(2, lambda: (signal.raise_signal(signal.SIGINT), handlers.append(signal.getsignal(signal.SIGINT))))
+    with pytest.raises(SystemExit):
+        train(tmp_path, "--steps=4")
+    assert handlers[0] not in (signal.SIG_DFL, signal.default_int_handler)
 
 
 def test_same_command_resumes_after_ctrl_c(finished_run, tmp_path):
@@ -249,6 +274,18 @@ def test_divergence_of_the_last_step_starts_anew(tmp_path, capsys):
     assert "values of z_e are NaN or infinite" in refusal(capsys, evaluate, f"--run={tmp_path}")
 
 
+def test_divergence_after_a_save_goes_one_save_back(tmp_path, capsys):
+    train(tmp_path, "--steps=5")
+    with pytest.raises(SystemExit):
+        script.main(script.parse_args([f"--resume={tmp_path}", "--steps=6", "--lr=1e25"]))
+    advice = capsys.readouterr().err.strip().split("to resume from step 5 instead: ")[1]
+    copy, rest = advice.split(", then ")
+    assert rest == "--resume it with a lower rate"
+    ended(shlex.split(copy), check=True)
+    script.main(script.parse_args([f"--resume={tmp_path}", "--steps=6"]))
+    assert load_checkpoint(tmp_path)["progress"]["step"] == 6
+
+
 @pytest.mark.parametrize("log_every", [3, 5])
 def test_moved_run_writes_nothing_in_its_place(tmp_path, capsys, in_step, log_every):
     """Neither a row of the metrics nor a checkpoint."""
@@ -322,7 +359,17 @@ def test_ranks_compare_all_flags(tmp_path, monkeypatch):
     train(tmp_path, "--steps=1", "--precision=auto")
     chosen = seen["the precision that they chose (give all --precision float32)"]
     assert seen["--steps"] == 1 and chosen in ("float32", "bfloat16")
-    assert seen.keys() >= {"--lr", "their code", "images", f"the checkpoint in {tmp_path}"}
+    assert seen.keys() >= {
+        "--lr",
+        "their code",
+        "images",
+        f"the checkpoint in {tmp_path}",
+        "image_shape",
+        "class_names",
+    }
+    seen.clear()
+    train_prior(tmp_path, "--steps=1")
+    assert seen.keys() >= {"vqvae", "vqvae_step", "shape"}
 
 
 def test_batch_smaller_than_the_ranks_is_refused():
@@ -359,6 +406,13 @@ def test_terminal_shows_a_bar_that_goes_on(tmp_path, stop_at, monkeypatch, capsy
     train(tmp_path, "--steps=6")
     printed = capsys.readouterr()
     assert "3/6" in printed.err and "6/6" in printed.err and "0/6" not in printed.err and "step 6/6" not in printed.out
+
+
+def test_output_into_a_file_is_lines(tmp_path, monkeypatch, capsys):
+    """Even if the errors go to a terminal."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    train(tmp_path, "--steps=6")
+    assert "step 6/6" in capsys.readouterr().out
 
 
 # Going on, or making way
@@ -555,12 +609,11 @@ def test_resume_goes_on_as_the_same_command(tmp_path, stop_at, finished_run):
     assert same_run(tmp_path, finished_run) and not archives(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "flag",
-    ["--data-dir=x", "--device=auto", "--precision=bfloat16", "--memory-limit=1", "--compile", "--log-every=7"],
-)
-def test_resume_may_change_the_machine(finished_run, flag):
-    script.parse_args([f"--resume={finished_run}", "--steps=40", flag])
+def test_resume_may_change_the_machine(finished_run):
+    flags = {"data_dir": "x", "device": "auto", "precision": "bfloat16", "memory_limit": 1, "log_every": 7}
+    given = [f"{run.flag_of(name)}={value}" for name, value in flags.items()]
+    args = vars(script.parse_args([f"--resume={finished_run}", "--steps=40", "--compile", *given]))
+    assert args | flags == args and args["compile"]
 
 
 def test_resume_may_change_the_length(tmp_path, stop_at, capsys):
@@ -824,13 +877,13 @@ def test_tensorboard_is_imported_only_when_asked(tmp_path):
 def test_data_folder_of_any_name_is_logged(folder, tmp_path):
     """Its bytes need not be text, and a line break costs no line of the metrics."""
     try:
-        moved = folder.rename(folder.parent / "caf\udce9\nx")
+        moved = folder.rename(folder.parent / "猫 caf\udce9\nx")
     except OSError:
         pytest.skip("names are UTF-8 here")
     for steps in (6, 11):
         train(tmp_path / "run", f"--dataset={moved}", f"--steps={steps}", "--batch-size=4", "--fresh")
     assert [row["step"] for row in rows(tmp_path / "run")] == ["5", "10", "11"]
-    assert rows(tmp_path / "run")[0]["dataset"].endswith("caf\\xe9\\nx")
+    assert rows(tmp_path / "run")[0]["dataset"].endswith("猫 caf\\xe9\\nx")
 
 
 # What happens around a run

@@ -174,9 +174,9 @@ def test_bad_flag_is_named_in_one_line(capsys, prior_run, flag, value, message):
 
 
 def test_completing_takes_no_class_and_no_number(capsys, prior_run):
-    assert "leave out --classes and --num" in refusal(
-        capsys, sample_script, "--run", prior_run, "--complete=a.png", "--classes=3"
-    )
+    for flag in ("--classes=3", "--num=3"):
+        printed = refusal(capsys, sample_script, "--run", prior_run, "--complete=a.png", flag)
+        assert "leave out --classes and --num" in printed
 
 
 def test_mistyped_run_leaves_no_folder(capsys, tmp_path):
@@ -228,6 +228,11 @@ def test_class_names_go_from_folders_to_samples(named_run, drawn, capsys):
     )
 
 
+def test_names_that_are_numbers_are_names():
+    names = ["1", "2", "3"]
+    assert sample_script.class_numbers(["1", "3", "0"], names) == [0, 2, 0]
+
+
 def test_transparent_image_is_completed_over_background(named_run, drawn, tmp_path):
     Image.new("RGBA", (16, 12)).save(tmp_path / "clear.png")
     draw(named_run, "--complete", tmp_path / "clear.png")
@@ -268,7 +273,8 @@ def test_completions_belong_to_their_image(generating_run, drawn, monkeypatch, t
     images = load_dataset("digits", "").test_images[:3]
     for i, image in enumerate(images):
         Image.fromarray(image[0].numpy()).save(tmp_path / f"{i}.png")
-    draw(generating_run, "--keep=0.99", "--complete", *(tmp_path / f"{i}.png" for i in range(3)))
+    out = tmp_path / "out"
+    draw(generating_run, f"--out={out}", "--keep=0.99", "--complete", *(tmp_path / f"{i}.png" for i in range(3)))
     [(_, rows, *_)] = drawn
     model, _ = load_run(generating_run)
     codes = model.encode(to_pixels(images, "cpu"))[0]
@@ -278,6 +284,8 @@ def test_completions_belong_to_their_image(generating_run, drawn, monkeypatch, t
     for row, image, made in zip(rows, images, expected):
         assert torch.equal(row[0], image) and len(row) == 9
         assert all((completion.int() - made.int()).abs().max() <= 1 for completion in row[1:])
+    written = [np.asarray(Image.open(path)) for path in sorted(out.iterdir())]  # the completions alone
+    assert np.array_equal(written, torch.cat([row[1:, 0] for row in rows]))
 
 
 def test_failed_picture_is_not_reported_as_written(generating_run, tmp_path, capsys):

@@ -38,6 +38,8 @@ import torch
 from conftest import ROOT, SMALL, ended, program, refusal, rows, same_run, same_state, started, train
 
 import evaluate
+import reconstruct
+import sample
 import train as script
 import train_prior as prior_script
 
@@ -186,8 +188,11 @@ def test_every_script_refuses_a_bad_checkpoint(capsys, trained_run, content):
         torch.save({"format": 99}, path)
     else:
         path.write_bytes(content)
-    assert "checkpoint" in refusal(capsys, script, f"--resume={trained_run}")
-    assert "checkpoint" in refusal(capsys, evaluate, f"--run={trained_run}")
+    reason = {"newer": "has format 99", None: "holds no checkpoint.pt"}.get(content, "damaged")
+    reason = "does not hold what train.py saves" if content == "incomplete" else reason
+    assert reason in refusal(capsys, script, f"--resume={trained_run}")
+    for call in (evaluate, reconstruct, sample, prior_script):
+        assert reason in refusal(capsys, call, f"--run={trained_run}")
 
 
 class Malicious:
@@ -213,6 +218,35 @@ def test_damaged_checkpoint_names_the_one_before(trained_run, capsys):
     assert load_checkpoint(trained_run)["progress"]["step"] == 20
     script.main(script.parse_args([f"--resume={trained_run}", "--steps=40"]))
     assert [int(row["step"]) for row in rows(trained_run)] == [5, 10, 15, 20, 25, 30, 35, 40]
+
+
+def test_passing_fault_of_the_disk_is_no_damage(trained_run, monkeypatch, capsys):
+    """An older checkpoint must not replace a good one."""
+
+    read = storage.read_digest
+
+    def read_or_fail(path):
+        if path.name == "checkpoint.pt":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return read(path)
+
+    monkeypatch.setattr(storage, "read_digest", read_or_fail)
+    printed = refusal(capsys, evaluate, f"--run={trained_run}")
+    assert "cannot be read" in printed and "cp --" not in printed
+
+
+def test_file_system_without_links_keeps_the_one_before(trained_run, monkeypatch):
+    """As many that are shared over a network."""
+
+    def fail(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    before = load_checkpoint(trained_run)
+    monkeypatch.setattr(os, "link", fail)
+    save_checkpoint(trained_run, before | {"code": "other"})
+    kept = storage.read_checkpoint(trained_run / "checkpoint_previous.pt", "checkpoint")
+    assert kept["code"] == before["code"] != load_checkpoint(trained_run)["code"]
+    assert not list(trained_run.glob("*.tmp"))
 
 
 def test_poisoned_state_is_never_saved(trained_run):
@@ -279,7 +313,8 @@ def test_earlier_run_moves_to_a_dated_folder(trained_run, capsys):
 
 def test_every_file_of_an_earlier_run_moves(generating_run):
     names = ("evaluation.json", "reconstructed.png", "reconstructed_2.png", "codes.pt", "images.txt", "samples.png")
-    names += ("samples_by_scale.png", "completed.png", "prior.pt", "prior_metrics.csv", "prior_summary.json")
+    names += ("samples_by_scale.png", "samples_000004.png", "completed.png", "neighbours.png", "generation.json")
+    names += ("prior.pt", "prior_previous.pt", "prior_metrics.csv", "prior_curves.png", "prior_summary.json")
     for name in names:
         (generating_run / name).touch()
     train(generating_run, "--steps=2")

@@ -32,6 +32,14 @@ def test_run_leaves_pictures_metrics_and_checkpoint(finished_run):
         assert imread(finished_run / name).ndim == 3  # what it shows is tested with the figures
 
 
+def test_lines_tell_the_precision_and_the_result(tmp_path, capsys):
+    train(tmp_path, "--steps=1", "--precision=float32")
+    first, *_, last = capsys.readouterr().out.splitlines()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert first == "training on 1,500 images of digits, on cpu in float32"
+    assert f"test MSE {summary['test_mse']:.5f}, PSNR {summary['test_psnr']:.2f} dB, {summary['codes_used']} of" in last
+
+
 def test_metrics_have_a_line_per_interval(finished_run):
     lines = (finished_run / "metrics.csv").read_text().splitlines()
     assert lines[0] == COLUMNS
@@ -73,7 +81,9 @@ def test_defaults_are_those_of_the_readme(capsys):
     args = vars(script.parse_args([]))
     documented = {"steps": 7500, "batch_size": 48, "codebook_size": 512, "code_dim": 8, "width": 64, "blocks": 2}
     documented |= {"decay": 0.99, "beta": 1.0, "revive_below": 0.03, "save_every": 1000, "log_every": 100}
-    assert args | documented == args
+    documented |= {"dataset": "auto", "out_dir": "results", "background": "white", "device": "auto"}
+    documented |= {"precision": "auto", "ema": False, "kmeans_start": True, "levels": 1, "scales": None}
+    assert args | documented == args and script.CURVE_IMAGES == 1000
     with pytest.raises(SystemExit):
         script.parse_args(["--help"])
     assert "(default: 7500)" in " ".join(capsys.readouterr().out.split())

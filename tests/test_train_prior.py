@@ -1,5 +1,6 @@
 """From a trained VQ-VAE to its prior, by the commands that a user gives."""
 
+import argparse
 import csv
 import json
 import re
@@ -95,6 +96,39 @@ def test_held_out_images_are_never_trained_on(generating_run, trained_on):
     seen = {tuple(codes) for batch, _ in trained_on for codes in batch.tolist()}
     to_train, others = ({tuple(row[1:]) for row in part.tolist()} for part in (train_rows, held_out))
     assert seen == to_train and others - to_train
+
+
+def test_defaults_are_those_of_the_readme():
+    args = vars(script.parse_args([]))
+    documented = {"run": "results", "steps": 3000, "batch_size": 64, "width": 192, "depth": 4, "heads": 6}
+    documented |= {"dropout": 0.05, "weight_decay": 0.1, "lr": 1e-2, "embedding_lr": 6e-3, "precision": "auto"}
+    assert args | documented == args
+
+
+def test_images_that_moved_are_encoded(folder, tmp_path):
+    train(tmp_path / "run", "--steps=2", "--batch-size=4", f"--dataset={folder}")
+    moved = folder.rename(tmp_path / "moved")
+    train_prior(tmp_path / "run", "--steps=1", "--batch-size=4", f"--data-dir={moved}")
+    assert load_run(tmp_path / "run")
+
+
+def test_prior_beyond_the_memory_is_refused(prior_run, capsys):
+    """Before an earlier prior makes way."""
+    before = {path.name for path in prior_run.iterdir()}
+    assert "training this model takes" in refusal(capsys, script, f"--run={prior_run}", "--width=6000000")
+    assert {path.name for path in prior_run.iterdir()} == before
+
+
+def test_samples_while_training_are_of_ten_classes(prior_run, monkeypatch):
+    """Of a thousand classes, drawing all would take longer than training."""
+    drawn = []
+    monkeypatch.setattr(script, "sample", lambda *_, classes, **__: drawn.append(classes) or torch.zeros(100, 1, 4, 4))
+    monkeypatch.setattr(script.figures, "save_samples", lambda *_: None)
+    model, prior = load_run(prior_run)
+    prior.classes = 1000
+    run = argparse.Namespace(args=argparse.Namespace(seed=0), folder=prior_run, step=1, log_picture=print, rank=0)
+    script.draw(run, model, prior, 1, {"dataset": "digits", "class_names": [str(i) for i in range(1000)]})
+    assert drawn == [list(range(10))]
 
 
 def test_held_out_images_are_of_all_classes():
@@ -340,16 +374,17 @@ def test_a_tenth_of_the_labels_are_dropped(trained_run, trained_on):
 
 def test_best_prior_is_kept_not_the_last(trained_run, monkeypatch):
     """Of three measurements the second is the lowest; what is kept is a copy of the weights of that step."""
-    seen, measured = [], iter([3.0, 1.0, 2.0])
+    seen, drawn, measured = [], [], iter([3.0, 1.0, 2.0])
 
     def nats(prior, *_, **options):
         seen.append({name: value.clone() for name, value in prior.state_dict().items()})
         return next(measured, 9.0)
 
     monkeypatch.setattr(script, "nats", nats)
+    monkeypatch.setattr(script.figures, "save_prior_curves", lambda _path, _metrics, best_step: drawn.append(best_step))
     train_prior(trained_run, "--steps=6", "--save-every=2")
     saved = load_checkpoint(trained_run, "prior")
-    assert saved["best"]["step"] == 4 and saved["best"]["held_out_nats"] == 1
+    assert saved["best"]["step"] == 4 and saved["best"]["held_out_nats"] == 1 and drawn == [2, 4, 4]
     assert same_state(saved["best"]["model"], seen[1]) and not same_state(seen[1], seen[2])
     assert same_state(saved["model"], seen[2])
     assert same_state(dict(load_run(trained_run)[1].state_dict()), seen[1])
@@ -387,7 +422,9 @@ def test_prior_reads_its_vqvae_under_the_lock(trained_run, monkeypatch):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_prior_computes_in_its_precision(trained_run, monkeypatch, precision):
-    layers, updates, original = set(), set(), muon.orthogonalize
+    layers, updates, losses, original = set(), set(), set(), muon.orthogonalize
+    cross_entropy = F.cross_entropy
+    monkeypatch.setattr(F, "cross_entropy", lambda x, *a, **o: (losses.add(x.dtype), cross_entropy(x, *a, **o))[1])
 
     def orthogonalize(matrices):
         updates.add(matrices[0].dtype)
@@ -400,7 +437,7 @@ def test_prior_computes_in_its_precision(trained_run, monkeypatch, precision):
     monkeypatch.setattr(muon, "orthogonalize", orthogonalize)
     with torch.nn.modules.module.register_module_forward_hook(see):
         train_prior(trained_run, "--steps=1", f"--precision={precision}")
-    assert layers == updates == {getattr(torch, precision)}
+    assert layers == updates == {getattr(torch, precision)} and losses == {torch.float32}
 
 
 def test_betas_of_adam(trained_run):
