@@ -61,6 +61,16 @@ def undisturbed(forker, tmp_path_factory):
     return folder, time.perf_counter() - began
 
 
+PRIOR = [*TINY, "--steps=8", "--save-every=4"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed_prior(forker, finished_run, tmp_path_factory):
+    folder = shutil.copytree(finished_run, tmp_path_factory.mktemp("prior") / "results")
+    assert forker(folder, PRIOR, "train_prior") == 0
+    return folder
+
+
 def finish_and_compare(forker, folder, undisturbed):
     """Run the same command again to its end; return the step that the run had saved when it was killed."""
     step = load_checkpoint(folder)["progress"]["step"] if (folder / "checkpoint.pt").exists() else 0
@@ -129,16 +139,15 @@ def test_kill_in_the_report_of_a_longer_run(forker, undisturbed, tmp_path):
         ("train_prior.draw", 1),  # at step 4
     ],
 )
-def test_kill_in_a_priors_report_costs_nothing(forker, finished_run, prior_run, tmp_path, call):
+def test_kill_in_a_priors_report_costs_nothing(forker, finished_run, undisturbed_prior, tmp_path, call):
     folder = shutil.copytree(finished_run, tmp_path / "results")
-    flags = [*TINY, "--steps=8", "--save-every=4"]
-    assert forker(folder, flags, "train_prior", call=call) == -signal.SIGKILL
+    assert forker(folder, PRIOR, "train_prior", call=call) == -signal.SIGKILL
     assert not (folder / "prior_summary.json").exists()
-    assert forker(folder, flags, "train_prior") == 0
+    assert forker(folder, PRIOR, "train_prior") == 0
     for name in ("prior_metrics.csv", "prior_curves.png", "samples_000004.png", "samples_000008.png"):
-        assert (folder / name).read_bytes() == (prior_run / name).read_bytes(), name
-    assert same_state(load_checkpoint(folder, "prior"), load_checkpoint(prior_run, "prior"))
-    summaries = [json.loads((path / "prior_summary.json").read_text()) for path in (folder, prior_run)]
+        assert (folder / name).read_bytes() == (undisturbed_prior / name).read_bytes(), name
+    assert same_state(load_checkpoint(folder, "prior"), load_checkpoint(undisturbed_prior, "prior"))
+    summaries = [json.loads((path / "prior_summary.json").read_text()) for path in (folder, undisturbed_prior)]
     assert summaries[0]["test_nats_per_code"] == summaries[1]["test_nats_per_code"]
 
 
