@@ -78,18 +78,25 @@ class VectorQuantizer(nn.Module):
         if not (0 <= decay < 1 and 0 <= revive_below < 1):
             raise ValueError(f"decay and revive_below must be in [0, 1), got {decay} and {revive_below}")
         self.codebook_size, self.code_dim = codebook_size, code_dim
-        self.ema, self.decay, self.revive_below = ema, decay, revive_below
+        self.ema, self.decay, self.kmeans_start, self.revive_below = ema, decay, kmeans_start, revive_below
 
         codebook = torch.empty(codebook_size, code_dim, dtype=torch.float32)
-        codebook.uniform_(-1 / codebook_size, 1 / codebook_size)
         if ema:
             self.register_buffer("codebook", codebook)
         else:
             self.codebook = nn.Parameter(codebook)
-        self.register_buffer("ema_counts", torch.ones(codebook_size, dtype=torch.float32))
-        self.register_buffer("started", torch.tensor(0 if kmeans_start else codebook_size))  # codes initialised
-        self.all_initialised = not kmeans_start  # known on the host: reading `started` would wait for a GPU
-        self.register_buffer("revived", torch.zeros(codebook_size, dtype=torch.bool), persistent=False)
+        self.register_buffer("ema_counts", torch.empty(codebook_size, dtype=torch.float32))
+        self.register_buffer("started", torch.empty((), dtype=torch.int64))  # codes initialised
+        self.register_buffer("revived", torch.empty(codebook_size, dtype=torch.bool), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Start anew: draw codes, and forget their use. Call it after `to_empty`."""
+        nn.init.uniform_(self.codebook, -1 / self.codebook_size, 1 / self.codebook_size)
+        self.ema_counts.fill_(1)
+        self.started.fill_(0 if self.kmeans_start else self.codebook_size)
+        self.all_initialised = not self.kmeans_start  # known on the host: reading `started` would wait for a GPU
+        self.revived.zero_()
 
     def forward(self, z_e: Tensor) -> Quantized:
         """Quantize z_e (B, D, *spatial); z_q has the same shape and dtype. An empty batch gives zero losses.
@@ -177,7 +184,10 @@ class VectorQuantizer(nn.Module):
             if name.startswith(prefix) and torch.is_tensor(value) and value.is_floating_point():
                 state_dict[name] = value.float()
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if f"{prefix}codebook" in state_dict and f"{prefix}started" not in state_dict:
+            self.started.fill_(self.codebook_size)  # codes alone were loaded, which k-means must not replace
         self.all_initialised = False
+        self.revived = torch.zeros_like(self.ema_counts, dtype=torch.bool)  # no file has it: it may still be on "meta"
 
     @torch.no_grad()
     def _initialise(self, z):

@@ -23,8 +23,9 @@ import sys
 import time
 from pathlib import Path
 
-from machine import ROOT, exit_if_failed, heading, read_json, write_json
+from machine import ROOT, exit_if_failed, heading, output_folder, read_json, write_json
 
+from harness.cli import number
 from harness.data import NAMES, dataset_of
 from harness.storage import load_checkpoint
 
@@ -92,12 +93,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=argparse.SUPPRESS)
     parser.add_argument("--dataset", default="mnist", help="mnist, or a folder of images with classes")
     parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--codebook-size", type=int, default=512, help="of the single grid")
-    parser.add_argument("--seconds", type=float, default=120, help="CPU seconds of training of each VQ-VAE")
-    parser.add_argument("--prior-seconds", type=float, default=600, help="CPU seconds of training of each prior")
-    parser.add_argument("--num", type=int, default=2000, help="samples behind each line of the table")
+    parser.add_argument("--codebook-size", type=number(int, 1), default=512, help="of the single grid")
+    seconds = number(float, 0, above=True)
+    parser.add_argument("--seconds", type=seconds, default=120, help="CPU seconds of training of each VQ-VAE")
+    parser.add_argument("--prior-seconds", type=seconds, default=600, help="CPU seconds of training of each prior")
+    parser.add_argument("--num", type=number(int, 100), default=2000, help="samples behind each line of the table")
     parser.add_argument("--pairs", type=int, choices=(1, 2), default=2, help="1: leaves out the larger codebooks")
-    parser.add_argument("--out-dir", type=Path, default=Path("results", "coarse_to_fine"))
+    parser.add_argument("--out-dir", type=output_folder, default="results/coarse_to_fine")
     args = parser.parse_args()
     torch.set_num_threads(1)
     seconds = f"{args.seconds:.0f} CPU seconds each", f"priors {args.prior_seconds:.0f}"
@@ -115,10 +117,10 @@ def main():
     codes = [sum(map(math.prod, model.grids(image_size))) for model in models]
     size, rows = args.codebook_size, []
     pairs = [(size, equal_bits(size, *codes)), (equal_bits(size, *codes[::-1]), size)][: args.pairs]
-    for number, pair in enumerate(pairs):
+    for i, pair in enumerate(pairs):
         for kind, T, K in zip(("one grid", "scales"), codes, pair):
             flags = [*data, "--codebook-size", K, *(["--scales", "auto"] if kind == "scales" else [])]
-            folder = args.out_dir / f"{kind.replace(' ', '_')}_{number}"
+            folder = args.out_dir / f"{kind.replace(' ', '_')}_{i}"
             summary = train_for(args.seconds, "train.py", folder, *flags)
             rows.append({"codes": kind, "number": T, "K": K, "bits": T * math.log2(K), "folder": folder} | summary)
     columns = {"codes": "{}", "number": "{}", "K": "{:,}", "bits": "{:.0f}", "steps": "{:,}"}

@@ -13,9 +13,9 @@ gets the same images from memory; the time to measure it does not count. All run
 import argparse
 from pathlib import Path
 
-from machine import heading, train, write_json
+from machine import heading, output_file, train, write_json
 
-from harness.cli import user_errors
+from harness.cli import number, user_errors
 from harness.data import load_dataset
 
 import torch
@@ -36,8 +36,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=argparse.SUPPRESS)
     parser.add_argument("--data", required=True, help="folder of 32x32 RGB images")
     parser.add_argument("--peers", required=True, type=Path, help="folder that holds clones, each named by its owner")
-    parser.add_argument("--steps", type=int, nargs="+", default=[2000, 4000, 7500], help="lengths of our runs")
-    parser.add_argument("--out", type=Path, default=Path("results", "colour.json"))
+    parser.add_argument("--steps", type=number(int, 1), nargs="+", default=[2000, 4000, 7500], help="of our runs")
+    parser.add_argument("--out", type=output_file, default="results/colour.json")
     args = parser.parse_args()
     if not (args.peers / "airalcorn2").is_dir():
         parser.error(f"--peers {args.peers} holds no airalcorn2; clone the repository there")

@@ -18,7 +18,7 @@ from pathlib import Path
 from machine import heading, median_seconds, write_json
 
 from harness import figures
-from harness.cli import user_errors
+from harness.cli import number, user_errors
 from harness.data import dataset_of, to_pixels, to_uint8
 from harness.storage import load_checkpoint, lock_folder, writable_folder
 
@@ -126,7 +126,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=argparse.SUPPRESS)
     parser.add_argument("--run", default="results", help="folder of a run with a prior")
     parser.add_argument("--data-dir", help="folder of the data set, if it has moved since training")
-    parser.add_argument("--num", type=int, default=10_000, help="samples behind each line of the table")
+    parser.add_argument("--num", type=number(int, 100), default=10_000, help="samples behind each line of the table")
     args = parser.parse_args()
     torch.set_num_threads(2)
     with user_errors():

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the repository, which scripts import after this file
 
-import harness  # noqa: F401 - before torch, whose threads read what it sets
+from harness.storage import writable_folder
 
 import torch
 
@@ -29,8 +29,19 @@ def heading(*more: str, threads: str = "2 threads") -> str:
     return ", ".join([cpu, threads, f"torch {torch.__version__}", *more, datetime.date.today().isoformat()])
 
 
+def output_folder(text: str) -> Path:
+    """Make a folder for the figures, so that a long measurement does not fail at its end; an argparse type."""
+    try:
+        return writable_folder(text)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def output_file(text: str) -> Path:
+    return output_folder(Path(text).parent) / Path(text).name
+
+
 def write_json(path: Path, machine: str, args: argparse.Namespace, measured):
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {"machine": machine, "arguments": vars(args), "measured": measured}
     path.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
 

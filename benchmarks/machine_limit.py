@@ -20,10 +20,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from unittest.mock import patch
 
-from machine import heading, median_seconds, read_json, write_json
+from machine import heading, median_seconds, output_file, read_json, write_json
 
 from harness.cli import number, user_errors
 from harness.machine import pick_device
@@ -121,7 +120,7 @@ def main():
     parser.add_argument("--steps", type=steps, default=defaults.steps, help="with fewer, pictures take a larger share")
     parser.add_argument("--compiled-steps", type=steps, default=500, help="of each run with and without --compile")
     parser.add_argument("--repeats", type=number(int, 1), default=3, help="of the runs with and without --compile")
-    parser.add_argument("--out", type=Path, default=Path("results", "machine_limit.json"))
+    parser.add_argument("--out", type=output_file, default="results/machine_limit.json")
     args = parser.parse_args()
     with user_errors():
         pick_device("cpu", compile=True)

@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from machine import ROOT, heading, median_seconds, read_json, run, train, write_json
+from machine import ROOT, heading, median_seconds, output_file, read_json, run, train, write_json
 
 from harness.cli import user_errors
 from harness.data import load_dataset
@@ -193,7 +193,7 @@ def main():
     parser.add_argument("--peers", type=Path, help="folder of clones, see time_to_quality.py")
     parser.add_argument("--tiny", action="store_true", help="only see whether everything runs, with or without a GPU")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # the part that this child process measures
-    parser.add_argument("--out", type=Path, default=Path("results", "on_gpu.json"))
+    parser.add_argument("--out", type=output_file, default="results/on_gpu.json")
     args = parser.parse_args()
     with user_errors():
         args.device = pick_device("auto" if args.tiny else "cuda")[0].type

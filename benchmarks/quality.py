@@ -10,10 +10,9 @@ process's peak.
 """
 
 import argparse
-from pathlib import Path
 from statistics import median
 
-from machine import heading, train, write_json
+from machine import heading, output_file, train, write_json
 
 from harness.cli import number
 
@@ -29,7 +28,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=argparse.SUPPRESS)
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--repeats", type=number(int, 1), default=3, help="seeds per row")
-    parser.add_argument("--out", type=Path, default=Path("results", "quality.json"))
+    parser.add_argument("--out", type=output_file, default="results/quality.json")
     args = parser.parse_args()
     machine = heading(f"medians of {args.repeats} seeds (lowest to highest)")
     print(machine)

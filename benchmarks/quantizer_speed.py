@@ -25,7 +25,7 @@ import sys
 import time
 from pathlib import Path
 
-from machine import heading, peak_memory, write_json
+from machine import exit_if_failed, heading, output_file, peak_memory, write_json
 
 from harness.cli import number
 
@@ -121,12 +121,13 @@ def differing(z: Tensor, codebook: Tensor) -> int:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=argparse.SUPPRESS)
-    parser.add_argument("--vectors", type=int, nargs="+", default=[6272, 65_536], help="N")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[512, 8192, 65_536], help="K")
-    parser.add_argument("--dims", type=int, nargs="+", default=[8, 64], help="D")
-    parser.add_argument("--repeats", type=number(int, 1), default=5)
+    positive = number(int, 1)
+    parser.add_argument("--vectors", type=positive, nargs="+", default=[6272, 65_536], help="N")
+    parser.add_argument("--sizes", type=positive, nargs="+", default=[512, 8192, 65_536], help="K")
+    parser.add_argument("--dims", type=positive, nargs="+", default=[8, 64], help="D")
+    parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--case", help=argparse.SUPPRESS)  # the case that this child process measures
-    parser.add_argument("--out", type=Path, default=Path("results", "quantizer_speed.json"))
+    parser.add_argument("--out", type=output_file, default="results/quantizer_speed.json")
     args = parser.parse_args()
     if args.case:
         print(json.dumps(measure(**json.loads(args.case), repeats=args.repeats)))
@@ -149,9 +150,9 @@ def main():
                 command = [sys.executable, __file__, "--case", json.dumps({"layer": layer} | case)]
                 done = subprocess.run([*command, "--repeats", str(args.repeats)], stdout=subprocess.PIPE, text=True)
                 if done.returncode != -signal.SIGKILL:  # the out-of-memory killer
-                    done.check_returncode()
+                    exit_if_failed(done.returncode, f"{layer}, {case}")
                     measured[layer] = json.loads(done.stdout.splitlines()[-1])
-            cells = [cell(measured.get(layer), measured["this"]) for layer in LAYERS]
+            cells = [cell(measured.get(layer), measured.get("this")) for layer in LAYERS]
             print(f"| {n:,} | {size:,} | {dim} | {'EMA' if ema else 'loss'} | {' | '.join(cells)} |", flush=True)
             rows += [case | {"layer": layer} | result for layer, result in measured.items()]
             write_json(args.out, machine, args, rows)
@@ -160,11 +161,11 @@ def main():
     print(f"{different} of {all_indices:,} indices differ from the nearest codes in float64")
 
 
-def cell(result: dict | None, ours: dict) -> str:
+def cell(result: dict | None, ours: dict | None) -> str:
     if result is None:
         return "does not fit"
     text = "{seconds:.4f} s, {megabytes:,.0f} MB".format(**result)
-    if result is ours:
+    if ours is None or result is ours:
         return text
     memory = result["megabytes"] / max(ours["megabytes"], 1)
     return f"{text} ({result['seconds'] / ours['seconds']:.1f}, {memory:.1f})"

@@ -13,7 +13,9 @@ reached.
 import argparse
 from pathlib import Path
 
-from machine import heading, read_json, run, write_json
+from machine import heading, output_folder, read_json, run, write_json
+
+from harness.cli import number
 
 from matplotlib.figure import Figure
 
@@ -47,10 +49,11 @@ def plot(path: Path, rows: list[dict]):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=argparse.SUPPRESS)
     parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[10, 12, 16, 32, 64, 128, 512], help="of the codebook")
-    parser.add_argument("--steps", type=int, default=7500, help="of each VQ-VAE")
-    parser.add_argument("--prior-steps", type=int, default=1200, help="of each prior")
-    parser.add_argument("--out-dir", type=Path, default=Path("results", "rate_distortion"))
+    positive, sizes = number(int, 1), [10, 12, 16, 32, 64, 128, 512]
+    parser.add_argument("--sizes", type=positive, nargs="+", default=sizes, help="of the codebook")
+    parser.add_argument("--steps", type=positive, default=7500, help="of each VQ-VAE")
+    parser.add_argument("--prior-steps", type=positive, default=1200, help="of each prior")
+    parser.add_argument("--out-dir", type=output_folder, default="results/rate_distortion")
     args = parser.parse_args()
     machine = heading(f"{args.steps:,} steps and {args.prior_steps:,} of the prior")
     print(machine)

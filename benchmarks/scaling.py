@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from machine import ROOT, exit_if_failed, heading, write_json
+from machine import ROOT, exit_if_failed, heading, output_folder, write_json
 
 from harness.cli import number
 
@@ -71,7 +71,7 @@ def plot(path: Path, measured: dict[str, dict[int, float]]):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=argparse.SUPPRESS)
     parser.add_argument("--repeats", type=number(int, 1), default=3, help="runs of each point")
-    parser.add_argument("--out-dir", type=Path, default=Path("results"))
+    parser.add_argument("--out-dir", type=output_folder, default="results")
     args = parser.parse_args()
     machine = heading()
     print(machine)

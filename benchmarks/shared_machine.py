@@ -16,9 +16,8 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-from machine import ROOT, heading, write_json
+from machine import ROOT, heading, output_file, write_json
 
 from harness.cli import number
 
@@ -26,8 +25,8 @@ BATCH_SIZE, EVERY = 32, 2  # images per step, steps between lines of the log
 WARM_UP = 10  # seconds, for the imports and the start of the codebook
 
 
-def images_per_second(spin_count: str, threads: int, args: argparse.Namespace) -> float:
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": spin_count}
+def images_per_second(spin_count: int, threads: int, args: argparse.Namespace) -> float:
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": str(spin_count)}
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--dataset=digits", f"--out-dir={folder}", "--steps=1000000", "--save-every=1000000"]
         flags += [f"--log-every={EVERY}", f"--batch-size={BATCH_SIZE}", "--device=cpu", f"--precision={args.precision}"]
@@ -47,12 +46,13 @@ def images_per_second(spin_count: str, threads: int, args: argparse.Namespace) -
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=argparse.SUPPRESS)
-    parser.add_argument("--spin-counts", nargs="+", default=["300000", "20000", "1000", "0"])
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 8], help="of each training")
+    parser.add_argument("--spin-counts", type=number(int, 0), nargs="+", default=[300_000, 20_000, 1000, 0])
+    parser.add_argument("--threads", type=number(int, 1), nargs="+", default=[1, 2, 8], help="of each training")
     parser.add_argument("--precision", default="auto", help="as train.py takes it")
-    parser.add_argument("--seconds", type=float, default=25, help=f"of a run; the first {WARM_UP} are not counted")
+    seconds = number(float, WARM_UP, above=True)
+    parser.add_argument("--seconds", type=seconds, default=25, help=f"of a run; the first {WARM_UP} are not counted")
     parser.add_argument("--repeats", type=number(int, 1), default=3, help="runs of each point")
-    parser.add_argument("--out", type=Path, default=Path("results", "shared_machine.json"))
+    parser.add_argument("--out", type=output_file, default="results/shared_machine.json")
     args = parser.parse_args()
     machine = heading(threads="threads as listed")
     print(machine)

@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from machine import heading, train, write_json
+from machine import heading, output_file, train, write_json
 
 from harness.cli import number, user_errors
 from harness.data import batch_indices, load_dataset
@@ -175,10 +175,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=argparse.SUPPRESS)
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--peers", required=True, type=Path, help="folder that holds clones, each named by its owner")
-    parser.add_argument("--seconds", type=float, default=150, help="of training of each of the others")
+    seconds = number(float, 0, above=True)
+    parser.add_argument("--seconds", type=seconds, default=150, help="of training of each of the others")
     parser.add_argument("--repeats", type=number(int, 1), default=3, help="seeds of each row")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--out", type=Path, default=Path("results", "time_to_quality.json"))
+    parser.add_argument("--out", type=output_file, default="results/time_to_quality.json")
     args = parser.parse_args()
     missing = [name for name in CLONES if not (args.peers / name).is_dir()]
     if missing:

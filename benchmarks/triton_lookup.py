@@ -7,11 +7,10 @@ the same way, in float32; ties go to the lowest index. Tests compare them in Tri
 """
 
 import argparse
-from pathlib import Path
 
-from machine import heading, median_seconds, write_json
+from machine import heading, median_seconds, output_file, write_json
 
-from harness.cli import fail, user_errors
+from harness.cli import fail, number, user_errors
 from harness.machine import pick_device
 
 import torch
@@ -65,10 +64,10 @@ def nearest_code_triton(z: Tensor, codebook: Tensor) -> Tensor:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=argparse.SUPPRESS)
-    parser.add_argument("--vectors", type=int, nargs="+", default=[1568, 65_536], help="N")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[512, 8192, 65_536, 262_144], help="K")
-    parser.add_argument("--dims", type=int, nargs="+", default=[8, 64], help="D")
-    parser.add_argument("--out", type=Path, default=Path("results", "triton_lookup.json"))
+    parser.add_argument("--vectors", type=number(int, 1), nargs="+", default=[1568, 65_536], help="N")
+    parser.add_argument("--sizes", type=number(int, 1), nargs="+", default=[512, 8192, 65_536, 262_144], help="K")
+    parser.add_argument("--dims", type=number(int, 1), nargs="+", default=[8, 64], help="D")
+    parser.add_argument("--out", type=output_file, default="results/triton_lookup.json")
     args = parser.parse_args()
     with user_errors():
         device, _ = pick_device("cuda")

@@ -339,6 +339,8 @@ def way_back(folder: str | Path, name: str) -> str:
 
 def read_checkpoint(path: Path, name: str) -> dict:
     remedy = f"name the folder of a run of {SCRIPTS[name]}"
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path} is no file; move it away")
     try:
         state, digest = read_state(path)
     except Damaged as error:

@@ -82,6 +82,10 @@ def main():
     parser.add_argument("modules", nargs="*", help="ends of the modules' names; by default all")
     parser.add_argument("--wide", action="store_true", help="try what survives on the rest of the plain suite")
     args = parser.parse_args()
+    known = {module for module, *_ in read_faults()}
+    for name in args.modules:
+        if not any(module.endswith(name) for module in known):
+            parser.error(f"{FAULTS.name} names no fault in {name}, only in {', '.join(sorted(known))}")
     os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     import matplotlib.figure  # noqa: F401 - before the forks
     import sklearn.decomposition  # noqa: F401

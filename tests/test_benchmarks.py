@@ -7,7 +7,7 @@ import math
 import shutil
 import time
 
-from machine import ROOT, median_seconds
+from machine import ROOT, median_seconds, output_file
 
 from harness.run import Run
 
@@ -40,6 +40,13 @@ def test_every_script_starts_by_itself(tmp_path):
         scripts.remove(ROOT / "benchmarks" / "triton_lookup.py")
     done = program("help_of_scripts.py", *scripts, cwd=tmp_path, env=environment(PYTHONPATH=""))
     assert len(scripts) > 10 and done.stderr.split() == [str(path) for path in scripts], done.stderr
+
+
+def test_figures_have_a_place_before_they_are_measured(tmp_path):
+    assert output_file(str(tmp_path / "new" / "a.json")).parent.is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(argparse.ArgumentTypeError, match="file needs to be a folder"):
+        output_file(str(tmp_path / "file" / "a.json"))
 
 
 @pytest.mark.parametrize(("size", "codes", "other"), [(512, 49, 70), (512, 70, 49), (512, 256, 341)])

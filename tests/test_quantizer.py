@@ -196,6 +196,41 @@ def test_loaded_codebook_stays_in_float32(ema, dtype, assign):
     assert torch.equal(vq(z_e).indices, brute_force(z_e, codebook))
 
 
+@BOTH_WAYS
+def test_codes_loaded_alone_are_kept(ema):
+    """K-means would replace them."""
+    vq = VectorQuantizer(8, 4, ema=ema, decay=0.5, revive_below=0)
+    codebook = torch.randn(8, 4)
+    vq.load_state_dict({"codebook": codebook}, strict=False)
+    vq(codebook[:5])  # with EMA, codes move to the mean of vectors that equal them
+    assert torch.equal(vq.codebook, codebook)
+
+
+@BOTH_WAYS
+def test_quantizer_made_without_memory_learns(ema):
+    """On "meta", then given a state or memory: it does as one made at once."""
+    options, batches = {"ema": ema, "decay": 0.5, "revive_below": 0.9}, torch.randn(20, 16, 4)
+    torch.manual_seed(0)
+    expected = VectorQuantizer(8, 4, **options)
+    with torch.device("meta"):
+        loaded, empty = VectorQuantizer(8, 4, **options), VectorQuantizer(8, 4, **options)
+    loaded.load_state_dict(copy.deepcopy(expected.state_dict()), assign=True)
+    empty.to_empty(device="cpu")
+    for value in empty.state_dict().values():
+        value.fill_(77)
+    torch.manual_seed(0)
+    empty.reset_parameters()
+    for vq in (expected, loaded, empty):
+        torch.manual_seed(1)
+        revived = 0
+        for z in batches:
+            vq(z)
+            revived += int(vq.revived.sum())
+        assert revived
+        for name, value in expected.state_dict().items():
+            assert torch.equal(vq.state_dict()[name], value)
+
+
 @pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("default")  # the compiler's own
 @BOTH_WAYS

@@ -220,6 +220,18 @@ def test_damaged_checkpoint_names_the_one_before(trained_run, capsys):
     assert [int(row["step"]) for row in rows(trained_run)] == [5, 10, 15, 20, 25, 30, 35, 40]
 
 
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("nowhere")])
+def test_checkpoint_that_is_no_file_is_named(trained_run, capsys, make):
+    """The one before it could not be copied to its place; once it has been moved, it can."""
+    path = trained_run / "checkpoint.pt"
+    path.unlink()
+    make(path)
+    printed = refusal(capsys, evaluate, f"--run={trained_run}")
+    assert f"{path} is no file; move it away" in printed and "cp --" not in printed
+    path.rename(trained_run / "moved")
+    assert "to resume from step 20 instead: cp --" in refusal(capsys, evaluate, f"--run={trained_run}")
+
+
 def test_passing_fault_of_the_disk_is_no_damage(trained_run, monkeypatch, capsys):
     """An older checkpoint must not replace a good one."""
 
