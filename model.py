@@ -6,9 +6,9 @@ Shapes: B batch, C image channels, D code_dim, K codebook_size; an image of H x 
     indices     (B, h, w) int64
 Values per level or scale come as a list, the top level (fewest codes) or the coarsest scale first.
 
-Source: VQ-VAE, arXiv 1711.00937, section 4.1; two levels: VQ-VAE-2, arXiv 1906.00446, section 3.1. Departures: pixel
-unshuffle replaces the first convolution's stride, pixel shuffle replaces the decoder's transposed convolutions, SiLU
-replaces ReLU, and most layers run at the resolution of the codes.
+Source: VQ-VAE, arXiv 1711.00937, section 4.1; two levels: VQ-VAE-2, arXiv 1906.00446, section 3.1. Departures, for
+speed on a CPU: pixel unshuffle replaces the first convolution's stride, pixel shuffle the decoder's transposed
+convolutions, and most layers run at the resolution of the codes. SiLU replaces ReLU.
 """
 
 import functools

@@ -91,7 +91,7 @@ class VectorQuantizer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self):
-        """Start anew: draw codes, and forget their use. Call it after `to_empty`."""
+        """Draw new codes and reset their counts; needed after `to_empty`."""
         nn.init.uniform_(self.codebook, -1 / self.codebook_size, 1 / self.codebook_size)
         self.ema_counts.fill_(1)
         self.started.fill_(0 if self.kmeans_start else self.codebook_size)

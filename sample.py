@@ -138,7 +138,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser("Draw new images from a run of train.py and train_prior.py.")
     positive, above_zero = number(int, 1, 2**31), number(float, 0, above=True)
     parser.add_argument("--run", default="results", help="folder of the run")
-    parser.add_argument("--num", type=positive, help="total number of images; default: 10 per class, or 100")
+    parser.add_argument("--num", type=positive, help="number of images; default: 10 per class, 100 without classes")
     classes = """names or numbers, such as cats,dogs or 3,7 or 'cats,"salt, pepper"'; default: all"""
     parser.add_argument("--classes", type=split_names, help=classes)
     parser.add_argument("--temperature", type=above_zero, default=TEMPERATURE, help="below 1, likelier codes")

@@ -25,6 +25,14 @@ Size = tuple[int, int]  # (height, width) in codes
 PHI_SHARE = 0.1  # weight of each convolution's output: with 1, phi changes faster than the codes can follow
 
 
+class ZeroConv2d(nn.Conv2d):
+    """A convolution that starts at zero."""
+
+    def reset_parameters(self):
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
 class MultiScaleQuantizer(VectorQuantizer):
     """Replace z_e by a sum of codes: each scale quantizes the residual of the scales before it.
 
@@ -48,9 +56,7 @@ class MultiScaleQuantizer(VectorQuantizer):
     def __init__(self, scales: list[Size], codebook_size: int, code_dim: int, **options):
         super().__init__(codebook_size, code_dim, **options)
         self.scales, self.sizes = scales, [height * width for height, width in scales]
-        self.phi = nn.ModuleList(nn.Conv2d(code_dim, code_dim, 3, padding=1, dtype=torch.float32) for _ in scales[:-1])
-        for parameter in self.phi.parameters():
-            nn.init.zeros_(parameter)
+        self.phi = nn.ModuleList(ZeroConv2d(code_dim, code_dim, 3, padding=1, dtype=torch.float32) for _ in scales[:-1])
 
     def forward(self, z_e: Tensor) -> Quantized:
         """Quantize z_e (B, D, h, w); the indices are a list, coarsest first. Raises what `VectorQuantizer` does."""

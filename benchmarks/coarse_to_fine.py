@@ -94,16 +94,16 @@ def main():
     parser.add_argument("--dataset", default="mnist", help="mnist, or a folder of images with classes")
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--codebook-size", type=number(int, 1), default=512, help="of the single grid")
-    seconds = number(float, 0, above=True)
-    parser.add_argument("--seconds", type=seconds, default=120, help="CPU seconds of training of each VQ-VAE")
-    parser.add_argument("--prior-seconds", type=seconds, default=600, help="CPU seconds of training of each prior")
+    above_zero = number(float, 0, above=True)
+    parser.add_argument("--seconds", type=above_zero, default=120, help="CPU seconds of training of each VQ-VAE")
+    parser.add_argument("--prior-seconds", type=above_zero, default=600, help="CPU seconds of training of each prior")
     parser.add_argument("--num", type=number(int, 100), default=2000, help="samples behind each line of the table")
     parser.add_argument("--pairs", type=int, choices=(1, 2), default=2, help="1: leaves out the larger codebooks")
     parser.add_argument("--out-dir", type=output_folder, default="results/coarse_to_fine")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    seconds = f"{args.seconds:.0f} CPU seconds each", f"priors {args.prior_seconds:.0f}"
-    machine = heading(*seconds, threads="1 thread")
+    lengths = f"{args.seconds:.0f} CPU seconds each", f"priors {args.prior_seconds:.0f}"
+    machine = heading(*lengths, threads="1 thread")
     print(machine, "\n", flush=True)
 
     # The codes: both kinds at the bits of one, and then of the other

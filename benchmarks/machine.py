@@ -38,7 +38,11 @@ def output_folder(text: str) -> Path:
 
 
 def output_file(text: str) -> Path:
-    return output_folder(Path(text).parent) / Path(text).name
+    """Make the folder of a file for the figures; an argparse type."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder; name a file in it")
+    return output_folder(path.parent) / path.name
 
 
 def write_json(path: Path, machine: str, args: argparse.Namespace, measured):

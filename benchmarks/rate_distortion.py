@@ -49,7 +49,8 @@ def plot(path: Path, rows: list[dict]):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=argparse.SUPPRESS)
     parser.add_argument("--data-dir", default="data")
-    positive, sizes = number(int, 1), [10, 12, 16, 32, 64, 128, 512]
+    positive = number(int, 1)
+    sizes = [10, 12, 16, 32, 64, 128, 512]
     parser.add_argument("--sizes", type=positive, nargs="+", default=sizes, help="of the codebook")
     parser.add_argument("--steps", type=positive, default=7500, help="of each VQ-VAE")
     parser.add_argument("--prior-steps", type=positive, default=1200, help="of each prior")

@@ -1,6 +1,6 @@
 """Images per second of one training, and of two side by side on the same cores: `python benchmarks/shared_machine.py`.
 
-Question: what do the 20,000 spins that harness/__init__.py sets cost one training, and what do they gain two?
+Question: what do the 20,000 spins that harness/__init__.py sets cost one training, and how much faster are two?
 
 OpenMP's threads spin while they wait between PyTorch's operations. On a shared machine, a spinning thread can take the
 core from the thread that it waits for. GOMP_SPINCOUNT sets how often a thread checks before it sleeps: 300,000 times by

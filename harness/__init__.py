@@ -29,7 +29,7 @@ sys.excepthook, threading.excepthook = excepthook, thread_excepthook
 
 logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns on import if it cannot write to the home folder
 
-# OpenMP's threads spin while they wait, by default so long that two trainings side by side nearly stop. This must be
-# set before torch is imported, so harness is imported before torch.
+# OpenMP's threads spin while they wait, by default so long that they nearly stop if there are more of them than cores.
+# This must be set before torch is imported, so harness is imported before torch.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")

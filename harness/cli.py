@@ -144,12 +144,14 @@ def command(script: str, *words: str | Path, start: str = "") -> str:
 
 
 def shell_words(*words: str | Path) -> str:
-    """Join words for a shell; those that cannot be printed as they are become $'...', as bash and zsh read it."""
-    quoted = []
-    for word in map(str, words):
-        escaped = printable(word.replace("\\", r"\\").replace("'", r"\'"))
-        quoted.append(shlex.quote(word) if printable(word) == word else f"$'{escaped}'")
-    return " ".join(quoted)
+    """Join words for a shell. A word that cannot be printed becomes $'...' with bytes escaped, for bash and zsh."""
+    words = map(str, words)
+    return " ".join(shlex.quote(word) if word.isprintable() else f"$'{escape_bytes(word)}'" for word in words)
+
+
+def escape_bytes(word: str) -> str:
+    plain = {c for c in word if c.isprintable()} - set("\\'")
+    return "".join(c if c in plain else "".join(f"\\x{byte:02x}" for byte in os.fsencode(c)) for c in word)
 
 
 def printable(name) -> str:

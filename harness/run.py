@@ -572,9 +572,9 @@ class Run:
             return ""
         step = saved["progress"]["step"]
         if isinstance(error, FloatingPointError) and step == self.step:  # finite weights, infinite results
-            back = storage.way_back(self.folder, self.name)
-            back = f"{back}, then --resume it with a lower rate" if back else "start over with --fresh and a lower rate"
-            return f"; its checkpoint would diverge again: {back}"
+            if back := storage.way_back(self.folder, self.name):
+                return f"; its checkpoint would diverge again, so give --resume a lower rate after this copy; {back}"
+            return "; its checkpoint would diverge again: start over with --fresh and a lower rate"
         if is_finished(self.folder, self.name, saved["progress"], self.args.steps):
             return ""
         return f"; the checkpoint of step {step} is intact; to resume: {self._resume_command(error, saved['args'])}"

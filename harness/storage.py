@@ -134,6 +134,8 @@ def read_state(path: Path, mmap: bool = False) -> tuple[dict, str]:
         ValueError: it cannot be read.
     """
     if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
+        if os.path.lexists(path):  # a folder, a pipe, a link to nowhere
+            raise ValueError(f"{path} is not a file; move it away")
         raise Damaged(f"{path.parent} holds no {path.name}")
     try:
         digest = read_digest(path)
@@ -327,11 +329,11 @@ def load_checkpoint(folder: str | Path, name: str = CHECKPOINT) -> dict:
 
 
 def way_back(folder: str | Path, name: str) -> str:
-    """Return how to go back to the checkpoint before the last one, or "" if there is none."""
+    """Return how to go back to the checkpoint before the last one, or "" if it is missing, damaged, or of step 0."""
     path, previous = checkpoint_path(folder, name), checkpoint_path(folder, name, previous=True)
     try:
         step = read_checkpoint(previous, name)["progress"]["step"]
-    except ValueError:
+    except (ValueError, MemoryError, RuntimeError):
         return ""
     copy = shell_words("cp", "--", previous, path)
     return f"to resume from step {step} instead: {copy}" if step > 0 else ""
@@ -339,8 +341,6 @@ def way_back(folder: str | Path, name: str) -> str:
 
 def read_checkpoint(path: Path, name: str) -> dict:
     remedy = f"name the folder of a run of {SCRIPTS[name]}"
-    if os.path.lexists(path) and not os.path.isfile(path):
-        raise ValueError(f"{path} is no file; move it away")
     try:
         state, digest = read_state(path)
     except Damaged as error:

@@ -96,7 +96,7 @@ def compare(run: str, out: Path) -> str:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("Export the weights of a finished run to a folder that can be used, but not trained.")
+    parser = make_parser("Export the weights of a finished run, without what only training needs.")
     parser.add_argument("--run", default="results", help="folder of the run")
     parser.add_argument("--out", metavar="DIR", required=True, help="new folder to write to")
     return parser.parse_args(argv)

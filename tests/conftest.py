@@ -102,10 +102,9 @@ def stop_at(in_step):
 @contextlib.contextmanager
 def batches_of(model):
     """Yield a list that gets the number of images of each batch that the model encodes."""
-    sizes = []
-    hook = model.levels[-1].encoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    yield sizes
-    hook.remove()
+    sizes, encoder = [], model.levels[-1].encoder
+    with encoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0]))):
+        yield sizes
 
 
 LIMIT = 240  # seconds; pytest itself ends a test that takes 900, and would leave its processes running

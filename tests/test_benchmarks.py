@@ -47,6 +47,9 @@ def test_figures_have_a_place_before_they_are_measured(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(argparse.ArgumentTypeError, match="file needs to be a folder"):
         output_file(str(tmp_path / "file" / "a.json"))
+    for folder in (str(tmp_path), ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="is a folder; name a file in it"):
+            output_file(folder)
 
 
 @pytest.mark.parametrize(("size", "codes", "other"), [(512, 49, 70), (512, 70, 49), (512, 256, 341)])

@@ -167,11 +167,22 @@ def test_command_takes_no_folder_for_a_flag():
 @pytest.mark.skipif(not shutil.which("bash"), reason="asks bash")
 def test_any_name_can_be_pasted():
     """On one line, whatever is in it."""
-    names = ["plain", "two words", "it's $HOME", "a\nb\t'c'\\n", "caf\udce9", "\x1b[31m red", "猫\u200b"]
+    names = [
+        "plain",
+        "two words",
+        "it's $HOME",
+        "a\nb\t'c'\\n",
+        "caf\udce9",
+        "\x1b[31m red",
+        "猫\u200b",
+        "a\xa0b\x85\xad",
+    ]
     line = shell_words("printf", r"%s\0", *names)
     assert line.isprintable()
-    done = ended(["bash", "-c", line], text=False, check=True)
-    assert done.stdout == b"".join(os.fsencode(name) + b"\0" for name in names)
+    for shell in filter(shutil.which, ("bash", "zsh")):
+        for locale in ({}, {"LC_ALL": "C"}):
+            done = ended([shell, "-c", line], text=False, check=True, env=environment(**locale))
+            assert done.stdout == b"".join(os.fsencode(name) + b"\0" for name in names)
 
 
 def test_ctrl_c_while_torch_is_imported():

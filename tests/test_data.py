@@ -10,6 +10,7 @@ import struct
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import patch
 
 from harness import data
 from harness.data import (
@@ -396,21 +397,19 @@ def test_unknown_background_is_refused(capsys, color):
 
 
 @pytest.mark.parametrize("name", data.IDX)
-def test_sets_are_the_ones_they_are_called(name):
+def test_each_name_loads_its_data_set(name):
     assert data.IDX[name].__name__.lower() == name.replace("-", "")
 
 
 @pytest.mark.parametrize(("in_memory", "limit"), [(True, math.inf), (False, 0)])
 def test_ranks_keep_images_where_rank_0_does(folder, tmp_path, monkeypatch, in_memory, limit):
     """Their machine may have more or less memory, and their batches would be read in another way."""
-    limits, load = [], data.load_dataset
     monkeypatch.setattr(data, "rank", lambda: 1)
     monkeypatch.setattr(data, "from_rank_0", lambda *_: (str(folder), in_memory))
-    monkeypatch.setattr(
-        data, "load_dataset", lambda *args, **options: (limits.append(args[4]), load(*args, **options))[1]
-    )
-    data.load_training_data(script.parse_args([*SMALL, f"--out-dir={tmp_path}", "--memory-limit=1"]))
-    assert limits == [limit]
+    with patch.object(data, "load_dataset", wraps=data.load_dataset) as load:
+        data.load_training_data(script.parse_args([*SMALL, f"--out-dir={tmp_path}", "--memory-limit=1"]))
+    _name, _data_dir, _size, _background, memory_limit, *_ = load.call_args.args
+    assert memory_limit == limit
 
 
 def test_folder_is_decoded_once_for_all_runs(folder, tmp_path, monkeypatch):

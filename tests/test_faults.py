@@ -29,6 +29,7 @@ from conftest import (
 )
 
 SHORT = [*SMALL, "--steps=20", "--save-every=7", "--log-every=3"]
+PRIOR = [*TINY, "--steps=8", "--save-every=4"]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def forker():
     The child dies or gets a signal where the keywords say, which tests/programs/forker.py explains.
     """
     command = [sys.executable, PROGRAMS / "forker.py"]
-    threads = environment(OMP_NUM_THREADS="2")  # unlike in the other tests
+    threads = environment(OMP_NUM_THREADS="2")  # as users have: resuming must be exact with several, too
     with started(command, seconds=3600, stdin=subprocess.PIPE, env=threads) as process:  # of all tests below
 
         def run(folder, flags=SHORT, script="train", **fate):
@@ -59,9 +60,6 @@ def undisturbed(forker, tmp_path_factory):
         began = time.perf_counter()
         assert forker(folder) == 0
     return folder, time.perf_counter() - began
-
-
-PRIOR = [*TINY, "--steps=8", "--save-every=4"]
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ def test_device_that_is_missing_is_refused(capsys):
 
 def test_auto_takes_the_cpu_where_nothing_else_is():
     device, precision = pick_device()
-    assert device == torch.device("cpu") and precision == pick_device("cpu")[1]
+    assert device == torch.device("cpu") and precision == pick_device("cpu")[1] in ("float32", "bfloat16")
     assert pick_device("cpu", "float32")[1] == "float32"
 
 
@@ -53,18 +53,29 @@ def test_gpu_that_cannot_be_used_is_named(monkeypatch, reason):
         pick_device()
 
 
-@pytest.mark.parametrize(("capability", "precision"), [((8, 0), "bfloat16"), ((7, 5), "float32")])
-def test_gpu_is_that_of_the_local_rank(monkeypatch, capability, precision):
-    """Older ones only emulate bfloat16."""
-    taken = []
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """Pretend that there are two GPUs of today; return those that were chosen."""
+    chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     monkeypatch.setattr(torch, "ones", lambda *_, **options: torch.zeros(1))
+    return chosen
+
+
+def test_old_gpu_computes_in_float32(two_gpus, monkeypatch):
+    """It would only emulate bfloat16."""
+    assert pick_device() == (torch.device("cuda"), "bfloat16")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert pick_device() == (torch.device("cuda"), "float32")
+
+
+def test_gpu_is_that_of_the_local_rank(two_gpus, monkeypatch):
     monkeypatch.setenv("RANK", "5")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert pick_device() == (torch.device("cuda"), precision) and taken == [1]
+    assert pick_device() == (torch.device("cuda"), "bfloat16") and two_gpus == [1]
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match="process 2 of this machine has no GPU"):
         pick_device()

@@ -149,12 +149,18 @@ def test_other_numbers_of_levels_are_refused():
 @pytest.mark.parametrize("levels", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_cast_model_encodes_and_decodes(dtype, levels):
-    """Its codebooks stay in float32; the statistics may be float64, as numpy's are."""
-    model = make(levels=levels, mean=np.float64(0.5)).eval().to(dtype)
+    """Its codebooks stay in float32."""
+    model = make(levels=levels, mean=0.5).eval().to(dtype)
     x = torch.rand(2, 1, 28, 28, dtype=dtype)
     x_recon, quantized = model(x)
     assert all(map(torch.equal, model.encode(x), (level.indices for level in quantized)))
     assert torch.equal(model.decode(model.encode(x)), x_recon.clamp(0, 1)) and x_recon.dtype == torch.float32
+
+
+def test_statistics_may_be_float64():
+    """As numpy's are."""
+    model = make(mean=np.float64(0.5), std=torch.tensor([0.25], dtype=torch.float64))
+    assert model(torch.rand(2, 1, 28, 28)).x_recon.dtype == torch.float32
 
 
 def test_decode_crops_to_the_size_asked_for():

@@ -216,8 +216,8 @@ def test_quantizer_made_without_memory_learns(ema):
         loaded, empty = VectorQuantizer(8, 4, **options), VectorQuantizer(8, 4, **options)
     loaded.load_state_dict(copy.deepcopy(expected.state_dict()), assign=True)
     empty.to_empty(device="cpu")
-    for value in empty.state_dict().values():
-        value.fill_(77)
+    for value in (*empty.parameters(), *empty.buffers()):  # new memory holds anything
+        value.data.fill_(77)
     torch.manual_seed(0)
     empty.reset_parameters()
     for vq in (expected, loaded, empty):

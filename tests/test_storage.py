@@ -188,8 +188,12 @@ def test_every_script_refuses_a_bad_checkpoint(capsys, trained_run, content):
         torch.save({"format": 99}, path)
     else:
         path.write_bytes(content)
-    reason = {"newer": "has format 99", None: "holds no checkpoint.pt"}.get(content, "damaged")
-    reason = "does not hold what train.py saves" if content == "incomplete" else reason
+    reasons = {
+        "newer": "has format 99",
+        None: "holds no checkpoint.pt",
+        "incomplete": "does not hold what train.py saves",
+    }
+    reason = reasons.get(content, "damaged")
     assert reason in refusal(capsys, script, f"--resume={trained_run}")
     for call in (evaluate, reconstruct, sample, prior_script):
         assert reason in refusal(capsys, call, f"--run={trained_run}")
@@ -221,13 +225,13 @@ def test_damaged_checkpoint_names_the_one_before(trained_run, capsys):
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("nowhere")])
-def test_checkpoint_that_is_no_file_is_named(trained_run, capsys, make):
+def test_checkpoint_that_is_not_a_file_is_named(trained_run, capsys, make):
     """The one before it could not be copied to its place; once it has been moved, it can."""
     path = trained_run / "checkpoint.pt"
     path.unlink()
     make(path)
     printed = refusal(capsys, evaluate, f"--run={trained_run}")
-    assert f"{path} is no file; move it away" in printed and "cp --" not in printed
+    assert f"{path} is not a file; move it away" in printed and "cp --" not in printed
     path.rename(trained_run / "moved")
     assert "to resume from step 20 instead: cp --" in refusal(capsys, evaluate, f"--run={trained_run}")
 
