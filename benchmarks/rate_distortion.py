@@ -36,7 +36,13 @@ def plot(path: Path, rows: list[dict]):
     ax = figure.subplots()
     ax.plot([row["nats"] for row in rows], [row["mse"] for row in rows], marker="o", label="this repository")
     for row in rows:
-        ax.annotate(f"K = {row['codebook_size']}", (row["nats"], row["mse"]), xytext=(6, 6), textcoords="offset points")
+        ax.annotate(
+            f"K = {row['codebook_size']}",
+            (row["nats"], row["mse"]),
+            xytext=(-6, -12),
+            textcoords="offset points",
+            ha="right",
+        )
     ax.plot(KERAS["nats"], KERAS["mse"], "s", color="tab:red", label="Keras example, K = 128")
     ax.set(title="MNIST: rate against distortion", yscale="log")
     ax.set(xlabel="nats per test image, by the prior", ylabel="test MSE, pixels in [0, 1]")
