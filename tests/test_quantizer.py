@@ -220,6 +220,7 @@ def test_quantizer_made_without_memory_learns(ema):
         value.data.fill_(77)
     torch.manual_seed(0)
     empty.reset_parameters()
+    assert not empty.revived.any()
     for vq in (expected, loaded, empty):
         torch.manual_seed(1)
         revived = 0
