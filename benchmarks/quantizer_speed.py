@@ -147,13 +147,9 @@ def main():
             for layer in LAYERS:
                 if LAYERS[layer] * 4 * n * size > there:
                     continue
-                flags = [
-                    "--case",
-                    json.dumps({"layer": layer} | case),
-                    f"--repeats={args.repeats}",
-                    f"--out={args.out}",
-                ]
-                done = subprocess.run([sys.executable, __file__, *flags], stdout=subprocess.PIPE, text=True)
+                command = [sys.executable, __file__, f"--repeats={args.repeats}", f"--out={args.out}"]
+                command += ["--case", json.dumps({"layer": layer} | case)]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
                 if done.returncode != -signal.SIGKILL:  # the out-of-memory killer
                     exit_if_failed(done.returncode, f"{layer}, {case}")
                     measured[layer] = json.loads(done.stdout.splitlines()[-1])

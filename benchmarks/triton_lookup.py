@@ -64,9 +64,10 @@ def nearest_code_triton(z: Tensor, codebook: Tensor) -> Tensor:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage=argparse.SUPPRESS)
-    parser.add_argument("--vectors", type=number(int, 1), nargs="+", default=[1568, 65_536], help="N")
-    parser.add_argument("--sizes", type=number(int, 1), nargs="+", default=[512, 8192, 65_536, 262_144], help="K")
-    parser.add_argument("--dims", type=number(int, 1), nargs="+", default=[8, 64], help="D")
+    positive = number(int, 1)
+    parser.add_argument("--vectors", type=positive, nargs="+", default=[1568, 65_536], help="N")
+    parser.add_argument("--sizes", type=positive, nargs="+", default=[512, 8192, 65_536, 262_144], help="K")
+    parser.add_argument("--dims", type=positive, nargs="+", default=[8, 64], help="D")
     parser.add_argument("--out", type=output_file, default="results/triton_lookup.json")
     args = parser.parse_args()
     with user_errors():

@@ -134,8 +134,6 @@ def read_state(path: Path, mmap: bool = False) -> tuple[dict, str]:
         ValueError: it cannot be read.
     """
     if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
-        if os.path.lexists(path):  # a folder, a pipe, a link to nowhere
-            raise ValueError(f"{path} is not a file; move it away")
         raise Damaged(f"{path.parent} holds no {path.name}")
     try:
         digest = read_digest(path)
@@ -341,6 +339,8 @@ def way_back(folder: str | Path, name: str) -> str:
 
 def read_checkpoint(path: Path, name: str) -> dict:
     remedy = f"name the folder of a run of {SCRIPTS[name]}"
+    if os.path.lexists(path) and not os.path.isfile(path):  # a folder, a pipe, a link to nowhere: no cp replaces it
+        raise ValueError(f"{path} is not a file; move it away")
     try:
         state, digest = read_state(path)
     except Damaged as error:

@@ -238,7 +238,6 @@ def test_checkpoint_that_is_not_a_file_is_named(trained_run, capsys, make):
 
 def test_passing_fault_of_the_disk_is_no_damage(trained_run, monkeypatch, capsys):
     """An older checkpoint must not replace a good one."""
-
     read = storage.read_digest
 
     def read_or_fail(path):

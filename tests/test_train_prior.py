@@ -126,7 +126,7 @@ def test_samples_while_training_are_of_ten_classes(prior_run, monkeypatch):
     monkeypatch.setattr(script.figures, "save_samples", lambda *_: None)
     model, prior = load_run(prior_run)
     prior.classes = 1000
-    run = argparse.Namespace(args=argparse.Namespace(seed=0), folder=prior_run, step=1, log_picture=print, rank=0)
+    run = argparse.Namespace(args=argparse.Namespace(seed=0), folder=prior_run, step=1, log_picture=print)
     script.draw(run, model, prior, 1, {"dataset": "digits", "class_names": [str(i) for i in range(1000)]})
     assert drawn == [list(range(10))]
 
@@ -178,6 +178,14 @@ def test_damaged_codes_are_recomputed(generating_run, content):
     (generating_run / "codes.pt").write_bytes(content)
     train_prior(generating_run, "--steps=1")
     assert same_state(torch.load(generating_run / "codes.pt"), before)
+
+
+def test_codes_that_link_to_nowhere_are_recomputed(generating_run):
+    path = generating_run / "codes.pt"
+    path.unlink()
+    path.symlink_to("nowhere")
+    train_prior(generating_run, "--steps=1")
+    assert path.is_file() and not path.is_symlink()
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
