@@ -27,7 +27,6 @@ import filelock
 import numpy as np
 import torch
 from PIL import ImageColor
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import datasets
@@ -341,6 +340,8 @@ def matches_archive(path: Path, archive: tuple[Path, str]) -> bool:
 
 def digits() -> tuple:
     """Return scikit-learn's 1,797 digits of 8x8 pixels, resized to 28x28; the last 297 are the test set."""
+    from sklearn.datasets import load_digits  # here: scikit-learn takes a second to import
+
     source = load_digits()
     images = torch.from_numpy(source.images[:, None] * (255 / 16)).float()  # (N, 1, 8, 8), 17 grey levels
     images = resize(images, [28, 28], antialias=True).round().clamp(0, 255).to(torch.uint8)

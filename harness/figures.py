@@ -17,7 +17,6 @@ from harness.storage import Damaged, read_metrics, whole_file
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.decomposition import PCA
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
@@ -131,8 +130,14 @@ def code_colors(codebook: Tensor) -> np.ndarray:
     codes = F.pad(codebook.float(), (0, max(0, 3 - codebook.shape[1]))).numpy()
     if len(codes) < 3:
         codes = np.concatenate([codes, np.zeros((3 - len(codes), codes.shape[1]))])
-    ranks = PCA(3, random_state=0).fit_transform(codes).argsort(0).argsort(0)[: len(codebook)]
+    ranks = fit_pca(codes, 3).transform(codes).argsort(0).argsort(0)[: len(codebook)]
     return ranks / max(1, len(codes) - 1)
+
+
+def fit_pca(vectors: np.ndarray, directions: int):
+    from sklearn.decomposition import PCA  # here: scikit-learn takes a second to import
+
+    return PCA(directions, random_state=0).fit(vectors)
 
 
 def shortened_text(text: str, length: int = 28) -> str:
@@ -234,7 +239,7 @@ def draw_codebook(plane: Axes, histogram: Axes, name: str, codebook: Tensor, cou
     if len(z_e) == 1:  # and two vectors
         z_e = np.concatenate([z_e, codebook])
     with np.errstate(invalid="ignore"):  # if all vectors are equal, they have no variance to share
-        pca = PCA(2, random_state=0).fit(z_e)
+        pca = fit_pca(z_e, 2)
     plane.scatter(*pca.transform(z_e).T, s=3, color="0.75", label="vectors", rasterized=True)
     points = pca.transform(codebook)
     area = 6 + 30 * counts / max(counts.mean(), 1e-9)

@@ -88,6 +88,7 @@ def main():
             parser.error(f"{FAULTS.name} names no fault in {name}, only in {', '.join(sorted(known))}")
     os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     import matplotlib.figure  # noqa: F401 - before the forks
+    import sklearn.datasets  # noqa: F401
     import sklearn.decomposition  # noqa: F401
     import torchvision  # noqa: F401
 

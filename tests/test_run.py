@@ -869,9 +869,13 @@ def test_tensorboard_refuses_folder_that_is_not_utf8(trained_run, capsys):
     assert {path.name for path in moved.iterdir()} == before
 
 
-def test_tensorboard_is_imported_only_when_asked(tmp_path):
+def test_slow_libraries_are_imported_when_needed(tmp_path):
+    """TensorBoard only if asked for, and scikit-learn for its digits and for projections."""
     done = program("imports_of_a_run.py", tmp_path, *SMALL)
-    assert done.returncode == 0 and "tensorboard" not in done.stdout.splitlines(), done.stderr
+    assert done.returncode == 0, done.stderr
+    before, after = (printed.splitlines() for printed in done.stdout.split("training on"))
+    assert "torch" in before and "sklearn" not in before
+    assert "sklearn" in after and "tensorboard" not in after
 
 
 def test_data_folder_of_any_name_is_logged(folder, tmp_path):

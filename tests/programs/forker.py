@@ -17,7 +17,10 @@ import time
 
 from harness.run import Run
 
-import train  # noqa: F401 - imported before the forks
+import sklearn.datasets  # noqa: F401 - imported before the forks
+import sklearn.decomposition  # noqa: F401
+
+import train  # noqa: F401
 import train_prior  # noqa: F401
 
 
