@@ -187,7 +187,8 @@ def load_dataset(
     """
     if name not in NAMES:
         if not Path(name).is_dir():
-            raise ValueError(f"--dataset {name} is neither a folder nor one of {', '.join(NAMES)}")
+            named = f"--dataset {name} is neither a folder nor one of {', '.join(NAMES)}"
+            raise ValueError(f"{named}; if your folder has moved, give its new path")
         folder = load_folder(Path(name), image_size, background, memory_limit, skip_bad_images, cache)
         train, test, class_names, counts, files = folder
         digest = hashlib.sha256("\n".join([str(len(train[0])), *files]).encode()).hexdigest()
@@ -412,7 +413,10 @@ def batches(images: Images, order: Iterable[Tensor], device: torch.device) -> Ge
         except (ValueError, OSError, RuntimeError) as error:  # its text is a worker's traceback, or that it died
             if out_of_memory(error) or isinstance(error, torch.AcceleratorError):  # of the GPU's earlier work
                 raise
-            raise OSError(re.sub("^(ValueError|OSError): ", "", str(error).splitlines()[-1])) from error
+            reason = re.sub("^(ValueError|OSError): ", "", str(error).splitlines()[-1])
+            if "allocate shared memory" in reason:  # a container's /dev/shm has 64 MB by default
+                reason = "workers have no shared memory left; enlarge /dev/shm, or raise --memory-limit"
+            raise OSError(reason) from error
         finally:
             workers._shutdown_workers()  # an error's traceback would keep them alive
             for worker in workers._workers:

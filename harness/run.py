@@ -12,6 +12,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -212,7 +213,7 @@ class Run:
         if self.rank == 0:
             self._open.callback(storage.lock_folder(self.folder).release, force=True)
         from_rank_0()  # nobody reads the folder before it is locked
-        self.code = storage.code_digest()
+        self.code = storage.code_digest(storage.SCRIPTS[name])
         self.checkpoint, self.move_reason = self._find_checkpoint()
         check_equal_on_ranks(self.code, "their code")
         check_equal_on_ranks(self.checkpoint and self.checkpoint["digest"], f"the checkpoint in {self.folder}")
@@ -310,7 +311,8 @@ class Run:
 
         Under torchrun it does not: torchrun forwards signals to processes that may have received them already.
         """
-
+        if threading.current_thread() is not threading.main_thread():  # no other thread may catch any
+            return
         signals = self.signals  # not self: what a handler refers to lives as long as the process
 
         def remember(signum, _frame):

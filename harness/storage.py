@@ -6,6 +6,7 @@ import glob
 import hashlib
 import math
 import os
+import re
 import secrets
 import shutil
 import time
@@ -374,13 +375,25 @@ def other_version(path: Path, found: int) -> OtherVersion:
     return OtherVersion(f"{path} has format {found}, this version reads {FORMAT}; {remedy}")
 
 
-def code_digest() -> str:
-    """Return a digest of the project's own code, on which a run's result depends."""
+def code_digest(script: str) -> str:
+    """Return a digest of the code on which a script's result depends."""
     root, digest = Path(__file__).parents[1], hashlib.sha256()
-    for path in sorted([*root.glob("[!.]*.py"), *root.glob("harness/[!.]*.py")]):  # editors leave hidden ones
-        if path.is_file():
-            digest.update(os.fsencode(f"{path.relative_to(root).as_posix()}\n") + path.read_bytes())
+    for path in sorted(code_files(script)):
+        digest.update(os.fsencode(f"{path.relative_to(root).as_posix()}\n") + path.read_bytes())
     return digest.hexdigest()
+
+
+def code_files(script: str) -> set[Path]:
+    """Return the files of harness/, the script, and what they import of the project, directly or not."""
+    root, paths = Path(__file__).parents[1], set()
+    waiting = [*root.glob("harness/[!.]*.py"), root / script]  # editors leave hidden files
+    while waiting:
+        path = waiting.pop()
+        if path not in paths and path.is_file():
+            paths.add(path)
+            imported = re.findall(rb"^ *(?:from|import) (\w+)", path.read_bytes(), re.MULTILINE)
+            waiting += [root / f"{os.fsdecode(name)}.py" for name in imported]
+    return paths
 
 
 # The folder of a run

@@ -11,11 +11,10 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the repository's modules, imported below
 
 from harness.cli import make_parser, say, user_errors
+from harness.data import NAMES
 from harness.storage import (
     CHECKPOINT,
     PRIOR,
@@ -25,6 +24,8 @@ from harness.storage import (
     save_checkpoint,
     write_whole,
 )
+
+import torch
 
 from sample import draw_codes, labels_of, load_run, trained_on
 
@@ -49,7 +50,10 @@ def weights_only(state: dict, weights: dict, half: bool) -> dict:
 def without_paths(args: dict) -> dict:
     """Return arguments with the default folders instead of the exporting user's; of a folder of images, its name."""
     args = args | {name: path for name, path in PATHS.items() if args.get(name) is not None}
-    return args | {"dataset": Path(args["dataset"]).name or "images"} if "dataset" in args else args
+    if "dataset" not in args or args["dataset"] in NAMES:
+        return args
+    name = Path(args["dataset"]).name or "images"
+    return args | {"dataset": f"./{name}" if name in NAMES else name}
 
 
 def read_summary(run: str) -> dict:

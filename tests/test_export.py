@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import refusal, save, train
 
+import evaluate
 import sample
 import train as script
 import train_prior as prior_script
@@ -51,6 +52,17 @@ def test_summary_of_another_step_is_not_exported(prior_run, tmp_path, capsys):
         "is not of step 30, that of the checkpoint; finish the run first" in printed
         and not (tmp_path / "kept").exists()
     )
+
+
+def test_exported_run_finds_a_folder_named_like_a_data_set(tmp_path, capsys):
+    """The data set of that name is neither looked for nor downloaded."""
+    for i in range(20):
+        save(tmp_path / "mnist" / f"{i}.png")
+    train(tmp_path / "run", f"--dataset={tmp_path / 'mnist'}", "--steps=1", "--batch-size=4")
+    out = keep(tmp_path / "run", tmp_path / "kept")
+    evaluate.main(evaluate.parse_args([f"--run={out}", f"--data-dir={tmp_path / 'mnist'}"]))
+    assert '"test_mse": ' in capsys.readouterr().out
+    assert "does not exist; give its new path with --data-dir" in refusal(capsys, evaluate, f"--run={out}")
 
 
 def test_exported_checkpoints_hold_weights_alone(prior_run, tmp_path):

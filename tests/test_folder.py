@@ -352,7 +352,7 @@ def test_image_damaged_while_training_is_named(folder):
 
 
 def test_folder_without_images_is_named(tmp_path, folder):
-    with pytest.raises(ValueError, match="neither a folder nor one of mnist"):
+    with pytest.raises(ValueError, match="neither a folder nor one of mnist.* give its new path"):
         load(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / ".hidden.png").write_bytes(b"")
@@ -724,12 +724,17 @@ def test_disk_that_fails_while_training_is_one_sentence(folder, monkeypatch):
         next(batches(data.train_images, iter([torch.arange(2)]), torch.device("cpu")))
 
 
-FAULTS = [RuntimeError("DefaultCPUAllocator: can't allocate memory"), torch.AcceleratorError("CUDA error: assert")]
+NO_SHARED_MEMORY = "unable to allocate shared memory(shm) for file </torch_1_2>: No space left on device (28)"
+FAULTS = [
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), RuntimeError, "can't allocate memory"),
+    (torch.AcceleratorError("CUDA error: assert"), torch.AcceleratorError, "CUDA error: assert"),
+    (RuntimeError(NO_SHARED_MEMORY), OSError, "no shared memory left; enlarge /dev/shm, or raise --memory-limit"),
+]
 
 
-@pytest.mark.parametrize("error", FAULTS, ids=["memory", "GPU"])
-def test_fault_of_memory_or_gpu_blames_no_image(folder, monkeypatch, error):
-    """Its remedy is a smaller batch, not another disk."""
+@pytest.mark.parametrize(("error", "kind", "message"), FAULTS, ids=["memory", "GPU", "shared memory"])
+def test_fault_of_memory_or_gpu_blames_no_image(folder, monkeypatch, error, kind, message):
+    """Its remedy is a smaller batch or more memory, not another disk."""
 
     class Loader:
         def __init__(self, *_, **options):
@@ -745,7 +750,7 @@ def test_fault_of_memory_or_gpu_blames_no_image(folder, monkeypatch, error):
             pass
 
     monkeypatch.setattr(dataset, "DataLoader", Loader)
-    with pytest.raises(type(error), match=str(error)):
+    with pytest.raises(kind, match=message):
         next(batches(load(folder, memory_limit=0).train_images, iter([torch.arange(2)]), torch.device("cpu")))
 
 

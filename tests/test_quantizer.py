@@ -206,6 +206,23 @@ def test_codes_loaded_alone_are_kept(ema):
     assert torch.equal(vq.codebook, codebook)
 
 
+def test_codes_of_another_size_do_not_count_as_loaded():
+    """Whoever catches the error still gets k-means."""
+    vq = VectorQuantizer(8, 4)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        vq.load_state_dict({"codebook": torch.randn(5, 4)}, strict=False)
+    vq(torch.randn(100, 4))
+    assert vq.started == 8 and vq.codebook.std() > 0.3  # not the uniform codes of the start
+
+
+def test_quantizer_loaded_in_inference_mode_learns():
+    vq = VectorQuantizer(8, 4)
+    with torch.inference_mode():
+        vq.load_state_dict(VectorQuantizer(8, 4).state_dict())
+    vq(torch.randn(100, 4)).codebook_loss.backward()
+    vq.reset_revived(torch.optim.Adam(vq.parameters()))
+
+
 @BOTH_WAYS
 def test_quantizer_made_without_memory_learns(ema):
     """On "meta", then given a state or memory: it does as one made at once."""

@@ -438,6 +438,14 @@ def sorted_flags(printed):
     return printed.replace("(--kmeans-start, --steps)", "(--steps, --kmeans-start)")
 
 
+def test_trains_in_a_thread(tmp_path):
+    """As in a web application; only the main thread may catch signals."""
+    thread = threading.Thread(target=train, args=(tmp_path, "--steps=2"))
+    thread.start()
+    thread.join()
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 2
+
+
 def test_run_of_other_code_makes_way(tmp_path, stop_at, capsys):
     stop_at(13, tmp_path, *STEPS)
     save_checkpoint(tmp_path, load_checkpoint(tmp_path) | {"code": "that of another day"})

@@ -35,7 +35,7 @@ from harness.storage import (
 import psutil
 import pytest
 import torch
-from conftest import ROOT, SMALL, ended, program, refusal, rows, same_run, same_state, started, train
+from conftest import PROGRAMS, ROOT, SMALL, ended, program, refusal, rows, same_run, same_state, started, train
 
 import evaluate
 import reconstruct
@@ -659,15 +659,15 @@ def test_hidden_files_are_no_code(tmp_path, monkeypatch):
     (tmp_path / "harness").mkdir()
     (tmp_path / "train.py").write_text("code")
     monkeypatch.setattr(storage, "__file__", str(tmp_path / "harness" / "storage.py"))
-    before = storage.code_digest()
+    before = storage.code_digest("train.py")
     (tmp_path / ".#train.py").symlink_to(tmp_path / "nowhere")
     (tmp_path / "harness" / "._run.py").write_text("")
     (tmp_path / "._train.py").write_text("")
     (tmp_path / "folder.py").mkdir()
     os.mkfifo(tmp_path / "pipe.py")
-    assert storage.code_digest() == before
+    assert storage.code_digest("train.py") == before
     (tmp_path / "harness" / "run.py").write_text("")
-    assert storage.code_digest() != before
+    assert storage.code_digest("train.py") != before
 
 
 def test_broken_link_makes_way(tmp_path):
@@ -686,17 +686,27 @@ def test_other_bytes_in_the_metrics_are_named(tmp_path):
 # Code
 
 
-def test_code_digest_changes_with_any_module(tmp_path, monkeypatch):
-    for name in ("train.py", "harness/run.py", "tests/test_run.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("a = 1\n")
+def test_code_digest_changes_with_code_that_a_script_imports(tmp_path, monkeypatch):
+    """Directly or not; with harness/ always, never with what lies beside it."""
     monkeypatch.setattr(storage, "__file__", str(tmp_path / "harness" / "storage.py"))
-    digests = [storage.code_digest()]
-    for name in ("train.py", "harness/run.py"):
-        (tmp_path / name).write_text("a = 2\n")
-        digests.append(storage.code_digest())
-    (tmp_path / "train.py").rename(tmp_path / "other.py")
-    digests.append(storage.code_digest())
-    assert len(set(digests)) == 4
-    (tmp_path / "tests" / "test_run.py").write_text("a = 2\n")
-    assert storage.code_digest() == digests[-1]
+    (tmp_path / "harness").mkdir()
+    (tmp_path / "train.py").write_text("import torch\n\nfrom model import VQVAE\n")
+    (tmp_path / "model.py").write_text("def f():\n    import layers\n    import train\n")
+    for name in ("layers.py", "mine.py", "harness/run.py"):
+        (tmp_path / name).write_text("a = 1\n")
+    digests = [storage.code_digest("train.py")]
+    for name in ("train.py", "model.py", "layers.py", "harness/run.py"):
+        (tmp_path / name).write_text((tmp_path / name).read_text() + "b = 2\n")
+        digests.append(storage.code_digest("train.py"))
+    (tmp_path / "harness" / "run.py").rename(tmp_path / "harness" / "other.py")
+    digests.append(storage.code_digest("train.py"))
+    assert len(set(digests)) == 6
+    (tmp_path / "mine.py").write_text("a = 2\n")
+    assert storage.code_digest("train.py") == digests[-1] != storage.code_digest("mine.py")
+
+
+def test_code_digest_covers_the_scripts_imports():
+    """As Python finds them; the page and the tests are no part of a run."""
+    for name in storage.SCRIPTS.values():
+        imported = ended([sys.executable, PROGRAMS / "files_of_a_script.py", ROOT / name], check=True).stdout.split()
+        assert storage.code_files(name) == {Path(path) for path in imported}
