@@ -9,14 +9,12 @@ Source: prior over the codes, arXiv 1711.00937, section 3.3 (there a PixelCNN); 
 section 3.2; guidance, arXiv 2207.12598, equation 6.
 """
 
-import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 class Block(nn.Module):
@@ -29,18 +27,24 @@ class Block(nn.Module):
         self.to_qkv, self.from_heads = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor, cache: Tensor | None = None, at: int = 0, mask: Tensor | None = None) -> Tensor:
-        """Map (B, T, width) to the same shape; attention is causal, or as the mask (T, T) allows.
+    def forward(self, x: Tensor, bias: Tensor, cache: Tensor | None = None) -> Tensor:
+        """Map (B, n, width) to the same shape.
 
-        With a cache (2, B, heads, T, width / heads), x holds the n positions from `at` on, (B, n, width). They attend
-        to one another and to all positions before them, whose keys and values come from the cache.
+        Args:
+            bias: (heads, n, t), added to the scores of attention; -inf where a position must not attend.
+            cache: keys and values (2, B, heads, T, width / heads). x then holds the last n of t positions; the cache
+                supplies those before them.
         """
         q, k, v = self.to_qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if cache is not None:
-            end = at + x.shape[1]
-            cache[:, :, :, at:end] = torch.stack([k, v])
+            end = bias.shape[-1]
+            cache[:, :, :, end - x.shape[1] : end] = torch.stack([k, v])
             k, v = cache[:, :, :, :end]
-        attended = F.scaled_dot_product_attention(q, k, v, mask, is_causal=cache is None and mask is None)
+        bias = bias.to(q.dtype)
+        if x.is_cpu:  # faster in training than PyTorch's kernels for the CPU
+            attended = torch.add(bias, q @ k.mT, alpha=q.shape[-1] ** -0.5).softmax(-1) @ v
+        else:
+            attended = F.scaled_dot_product_attention(q, k, v, bias)
         x = x + self._drop(self.from_heads(attended.transpose(1, 2).flatten(2)))
         return x + self._drop(self.mlp(self.norm2(x)))
 
@@ -67,7 +71,7 @@ class Prior(nn.Module):
         width: int = 192,
         depth: int = 4,
         heads: int = 6,
-        dropout: float = 0.05,
+        dropout: float = 0.0,
     ):
         super().__init__()
         if width % heads:
@@ -76,10 +80,15 @@ class Prior(nn.Module):
         self.sizes = [height * width for height, width in grids]  # codes of each level
         self.length = sum(self.sizes)
         self.step_sizes = [1] * self.length  # how many codes are drawn at once
-        self.register_buffer("mask", None, persistent=False)  # (T, T), True: may attend; None: causal
         self.label = nn.Embedding(classes + 1, width)
         self.code = nn.Embedding(len(grids) * codebook_size, width)  # K for each level
         self.level, self.position = nn.Embedding(len(grids), width), nn.Embedding(self.length, width)
+        # Attention gets a learnt bias for each offset between two codes (arXiv 2103.14030, equation 4).
+        self.register_buffer("offsets", code_offsets(grids), persistent=False)  # (T, T)
+        count = 1 + sum((2 * h - 1) * (2 * w - 1) for h, w in grids)
+        self.offset_bias = nn.Parameter(torch.zeros(count, depth * heads))
+        causal = torch.ones(self.length, self.length, dtype=torch.bool).tril()
+        self.register_buffer("mask", causal, persistent=False)  # (T, T), True: may attend
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.heads = nn.ModuleList(nn.Linear(width, codebook_size) for _ in grids)  # one per level
@@ -108,8 +117,8 @@ class Prior(nn.Module):
     def forward(self, codes: Tensor, labels: Tensor) -> Tensor:
         """Return the logits (B, T, K) of codes (B, T), each from the label and the codes drawn before it."""
         x = self._inputs(codes[:, : -self.step_sizes[-1]], labels) + self._position_embeddings()
-        for block in self.blocks:
-            x = block(x, mask=self.mask)
+        for block, bias in zip(self.blocks, self._attention_biases(0, self.length)):
+            x = block(x, bias)
         parts = self.norm(x).split(self.sizes, 1)
         return torch.cat([head(part) for head, part in zip(self.heads, parts)], 1)
 
@@ -128,9 +137,10 @@ class Prior(nn.Module):
         """
         at = codes.shape[1]
         x = self._inputs(codes, labels, at)
-        x = x + self._position_embeddings()[at:][: x.shape[1]]
-        for block, cache in zip(self.blocks, caches):
-            x = block(x, cache, at)
+        end = at + x.shape[1]
+        x = x + self._position_embeddings()[at:end]
+        for block, bias, cache in zip(self.blocks, self._attention_biases(at, end), caches):
+            x = block(x, bias, cache)
         level = sum(at >= size for size in itertools.accumulate(self.sizes))
         return self.heads[level](self.norm(x))
 
@@ -148,6 +158,12 @@ class Prior(nn.Module):
 
     def _position_embeddings(self):  # (T, width)
         return self.level(self.level_at) + self.position.weight
+
+    def _attention_biases(self, at, end):  # of the positions from `at` to `end`, (depth, heads, end - at, end)
+        # Not by indexing, whose gradient on a CPU differs from run to run with several threads.
+        biases = F.embedding(self.offsets[at:end, :end], self.offset_bias).movedim(-1, 0).contiguous()
+        biases = biases.masked_fill(~self.mask[at:end, :end], -torch.inf)
+        return biases.unflatten(0, (len(self.blocks), -1))
 
 
 class ScalePrior(Prior):
@@ -175,6 +191,17 @@ class ScalePrior(Prior):
 
     def _init_inputs(self, level, projection, embeddings):  # of sums of codes; the finest scale overwrites the others
         self.code.weight.copy_(projection.T)
+
+
+def code_offsets(grids: list[tuple[int, int]]) -> Tensor:
+    """Number the offsets (rows, columns) between codes of one grid: (T, T) int64, 0 for codes of different grids."""
+    blocks, first = [], 1
+    for height, width in grids:
+        y, x = torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)
+        rows, columns = y[:, None] - y + height - 1, x[:, None] - x + width - 1
+        blocks.append(first + rows * (2 * width - 1) + columns)
+        first += (2 * height - 1) * (2 * width - 1)
+    return torch.block_diag(*blocks)
 
 
 @torch.inference_mode()
@@ -264,11 +291,3 @@ def load_prior(checkpoint: dict, model: nn.Module) -> Prior:
     prior = build_prior(args, shape, model)
     prior.load_state_dict(weights)
     return prior.to(model.mean.device).eval()
-
-
-def attention_kernel(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """Return a context in which attention is fast: on a CPU in bfloat16, the plain formula beats the fused kernel."""
-    if device.type != "cpu" or precision != "bfloat16":
-        return contextlib.nullcontext()
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # despite its name, it applies to any device
-    return sdpa_kernel(SDPBackend.MATH)

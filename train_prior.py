@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 
 from harness import figures
-from harness.cli import command, make_parser, number, progress, say, user_errors
+from harness.cli import abbreviate, command, make_parser, number, progress, say, user_errors
 from harness.data import Dataset, dataset_of
 from harness.machine import check_memory, from_rank_0
 from harness.run import Means, Run, add_run_flags, eval_mode, parse_run_args
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from model import VQVAE, load_model
 from muon import Muon
-from prior import Prior, attention_kernel, build_prior, load_prior
+from prior import Prior, build_prior, load_prior
 from reconstruct import encode
 from sample import sample, trained_on
 
@@ -43,7 +43,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--width", type=positive, default=192, help="channels of the transformer")
     group.add_argument("--depth", type=number(int, 1, 1000), default=4, help="blocks of the transformer")
     group.add_argument("--heads", type=positive, default=6, help="attention heads; they must divide --width")
-    group.add_argument("--dropout", type=number(float, 0, 1), default=0.05, help="share of channels dropped")
+    group.add_argument("--dropout", type=number(float, 0, 1), default=0.0, help="share of channels dropped")
     group = parser.add_argument_group("optimization")
     group.add_argument("--lr", type=rate, default=1e-2, help="peak learning rate of the blocks' matrices (Muon)")
     group.add_argument("--embedding-lr", type=rate, default=6e-3, help="peak learning rate of all others (AdamW)")
@@ -66,6 +66,9 @@ def main(args: argparse.Namespace):
         train, codes["held_out"] = held_out_split(codes["train"])
         if not len(train):
             raise ValueError("a prior needs at least 2 training images, since it holds out one; the run has 1")
+        unseen = [name for i, name in enumerate(codes["class_names"]) if not (train[:, 0] == i).any()]
+        if unseen and run.rank == 0:
+            say(f"no training image shows {abbreviate(unseen)}: the prior cannot learn to draw it", error=True)
         shape = {
             "codebook_size": vqvae["args"]["codebook_size"],
             "grids": codes["grids"],
@@ -99,7 +102,7 @@ def main(args: argparse.Namespace):
             labels, targets = batch[:, 0], batch[:, 1:]
             dropped = run.shard(torch.rand(args.batch_size, device=run.device)) < DROPPED_LABELS
             labels = labels.masked_fill(dropped, prior.classes)
-            with run.autocast(), attention_kernel(run.device, args.precision):
+            with run.autocast():
                 logits = forward(targets, labels)
             loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 

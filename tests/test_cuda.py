@@ -4,9 +4,10 @@ from harness.run import Run
 
 import pytest
 import torch
-from conftest import rows, save, train
+from conftest import far_from_zero, rows, save, some_codes, train
 
 import sample
+from prior import Prior
 from quantizer import nearest_code
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -57,6 +58,13 @@ def test_compiled_run_learns_as_the_eager_one_does(tmp_path):
         train(tmp_path / flag, "--steps=30", "--save-every=30", "--device=cuda", "--precision=float32", flag)
     compiled, eager = (float(rows(tmp_path / flag)[-1]["test_mse"]) for flag in ("--compile", "--no-compile"))
     assert compiled == pytest.approx(eager, rel=0.1)
+
+
+def test_prior_computes_as_on_a_cpu():
+    prior = far_from_zero(Prior(16, [(2, 4), (4, 8)], classes=3, width=32, depth=2, heads=2))
+    codes, labels = some_codes(prior)
+    expected = prior(codes, labels)
+    torch.testing.assert_close(prior.cuda()(codes.cuda(), labels.cuda()).cpu(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_images_are_completed(generating_run, tmp_path):

@@ -2,10 +2,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import far_from_zero, some_codes
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import VQVAE
-from prior import Prior, build_prior, filter_logits, generate, load_prior
+from prior import Block, Prior, build_prior, code_offsets, filter_logits, generate, load_prior
 
 K = 16
 GRIDS = [[(3, 3)], [(2, 4)], [(1, 2), (2, 4)]]
@@ -20,9 +19,41 @@ def prior(request):
 def test_attention_in_bfloat16_is_close_to_float32(prior):
     codes, labels = some_codes(prior)
     expected = prior(codes, labels)
-    with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16):
         close = prior(codes, labels).float()
     assert 0 < (close - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_attention_is_that_of_torch():
+    """In a block whose network is silent."""
+    block, x, bias = Block(16, 2, dropout=0), torch.randn(3, 5, 16), torch.randn(2, 5, 5)
+    bias[:, 1, 4] = -torch.inf
+    torch.nn.init.zeros_(block.mlp[2].weight)
+    torch.nn.init.zeros_(block.mlp[2].bias)
+    q, k, v = (part.unflatten(2, (2, 8)).transpose(1, 2) for part in block.to_qkv(block.norm1(x)).chunk(3, 2))
+    attended = F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(block(x, bias), x + block.from_heads(attended))
+
+
+def test_attention_has_gradients_on_other_devices():
+    """There it is PyTorch's kernel; the meta device has shapes only."""
+    block, x = Block(16, 2, dropout=0).to("meta"), torch.randn(3, 5, 16, device="meta")
+    bias = torch.zeros(2, 5, 5, device="meta", requires_grad=True)
+    block(x, bias).sum().backward()
+    assert bias.grad.shape == (2, 5, 5) and block.to_qkv.weight.grad.shape == (48, 16)
+
+
+def test_attention_bias_depends_on_the_offset_alone():
+    """Between codes of one grid; between those of two grids it is always the same."""
+    places = [(g, y, x) for g, (h, w) in enumerate([(1, 3), (2, 4)]) for y in range(h) for x in range(w)]
+    numbers = {}
+    for row, (grid, y, x) in zip(code_offsets([(1, 3), (2, 4)]).tolist(), places, strict=True):
+        for number, (other, y2, x2) in zip(row, places, strict=True):
+            offset = (grid, y - y2, x - x2) if grid == other else None
+            assert numbers.setdefault(offset, number) == number
+    assert sorted(numbers.values()) == list(range(1 + 5 + 3 * 7))
+    prior = Prior(4, [(1, 3), (2, 4)], classes=0, width=8, heads=2)
+    assert prior.offset_bias.shape == (len(numbers), 4 * 2) and not prior.offset_bias.any()
 
 
 def test_codes_are_predicted_from_those_before_alone(prior):
@@ -122,7 +153,7 @@ def test_levels_have_embeddings_and_heads_of_their_own():
     assert torch.equal(Prior(4, [(1, 2), (2, 4)], 0).level_at, torch.tensor([0] * 2 + [1] * 8))
     one, two = Prior(4, [(2, 2)], 0, width=8, heads=2), Prior(4, [(1, 1), (2, 2)], 0, width=8, heads=2)
     grown = sum(p.numel() for p in two.parameters()) - sum(p.numel() for p in one.parameters())
-    assert grown == 4 * 8 + (4 * 8 + 4) + 8 + 8  # codes, head, level, one position more
+    assert grown == 4 * 8 + (4 * 8 + 4) + 8 + 8 + 4 * 2  # codes, head, level, a position and an offset more
 
 
 def test_blocks_share_no_weights():

@@ -101,7 +101,7 @@ def test_held_out_images_are_never_trained_on(generating_run, trained_on):
 def test_defaults_are_those_that_were_measured():
     args = vars(script.parse_args([]))
     documented = {"run": "results", "steps": 3000, "batch_size": 64, "width": 192, "depth": 4, "heads": 6}
-    documented |= {"dropout": 0.05, "weight_decay": 0.1, "lr": 1e-2, "embedding_lr": 6e-3, "precision": "auto"}
+    documented |= {"dropout": 0.0, "weight_decay": 0.1, "lr": 1e-2, "embedding_lr": 6e-3, "precision": "auto"}
     assert args | documented == args
 
 
@@ -472,6 +472,13 @@ def test_single_training_image_is_refused(capsys, tmp_path):
         save(tmp_path / "photos" / f"{name}.png")
     train(tmp_path / "run", f"--dataset={tmp_path / 'photos'}", "--steps=1", "--batch-size=1")
     assert "needs at least 2 training images" in refusal(capsys, script, "--run", tmp_path / "run", *TINY)
+
+
+def test_class_without_training_images_is_named(folder, tmp_path, capsys):
+    save(folder / "test" / "bird" / "0.png")
+    train(tmp_path, f"--dataset={folder}", "--steps=2", "--batch-size=4")
+    train_prior(tmp_path, "--steps=1", "--batch-size=4")
+    assert "no training image shows bird: the prior cannot learn to draw it\n" in capsys.readouterr().err
 
 
 def test_prior_of_another_run_makes_way(prior_run, scales_run, tmp_path, capsys):
