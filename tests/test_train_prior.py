@@ -119,14 +119,14 @@ def test_prior_beyond_the_memory_is_refused(prior_run, capsys):
     assert {path.name for path in prior_run.iterdir()} == before
 
 
-def test_samples_while_training_are_of_ten_classes(prior_run, monkeypatch):
+def test_samples_while_training_are_of_ten_classes(generating_run, monkeypatch):
     """Of a thousand classes, drawing all would take longer than training."""
     drawn = []
     monkeypatch.setattr(script, "sample", lambda *_, classes, **__: drawn.append(classes) or torch.zeros(100, 1, 4, 4))
     monkeypatch.setattr(script.figures, "save_samples", lambda *_: None)
-    model, prior = load_run(prior_run)
+    model, prior = load_run(generating_run)
     prior.classes = 1000
-    run = argparse.Namespace(args=argparse.Namespace(seed=0), folder=prior_run, step=1, log_picture=print)
+    run = argparse.Namespace(args=argparse.Namespace(seed=0), folder=generating_run, step=1, log_picture=print)
     script.draw(run, model, prior, 1, {"dataset": "digits", "class_names": [str(i) for i in range(1000)]})
     assert drawn == [list(range(10))]
 
