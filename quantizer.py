@@ -45,7 +45,7 @@ class VectorQuantizer(nn.Module):
     The channels at each position are one vector, and all other dimensions are flattened: z_e of shape
     [16, 64, 32, 32] is 16,384 vectors of size 64. In train mode `forward` also initialises and updates the codebook;
     in eval mode it changes nothing. With torch.distributed, the codebook learns from the vectors of all ranks, and is
-    the same on each. With `ema=True`, do not wrap `forward` in activation checkpointing, which would update twice.
+    the same on each. In train mode, do not wrap `forward` in activation checkpointing: it would update twice.
 
     The codes learn from `codebook_loss` through the optimizer. With `ema=True` they learn from moving averages of the
     vectors that chose them (appendix A.1), and `codebook_loss` has no gradient: N_k <- decay N_k + (1 - decay) n_k and
@@ -188,7 +188,7 @@ class VectorQuantizer(nn.Module):
         if codes.shape == self.codebook.shape and f"{prefix}started" not in state_dict:
             self.started.fill_(self.codebook_size)  # codes alone were loaded, which k-means must not replace
         self.all_initialised = False
-        if self.revived.is_meta:  # no file has it
+        if self.revived.device != self.ema_counts.device:  # no file has it
             self.revived = torch.zeros_like(self.ema_counts, dtype=torch.bool)
         self.revived.zero_()
 

@@ -66,9 +66,10 @@ def main(args: argparse.Namespace):
         train, codes["held_out"] = held_out_split(codes["train"])
         if not len(train):
             raise ValueError("a prior needs at least 2 training images, since it holds out one; the run has 1")
-        unseen = [name for i, name in enumerate(codes["class_names"]) if not (train[:, 0] == i).any()]
+        seen = set(train[:, 0].tolist())
+        unseen = [name for i, name in enumerate(codes["class_names"]) if i not in seen]
         if unseen and run.rank == 0:
-            say(f"no training image shows {abbreviate(unseen)}: the prior cannot learn to draw it", error=True)
+            say(f"no training images of {abbreviate(unseen)}, which the prior cannot learn to draw", error=True)
         shape = {
             "codebook_size": vqvae["args"]["codebook_size"],
             "grids": codes["grids"],

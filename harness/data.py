@@ -414,7 +414,7 @@ def batches(images: Images, order: Iterable[Tensor], device: torch.device) -> Ge
             if out_of_memory(error) or isinstance(error, torch.AcceleratorError):  # of the GPU's earlier work
                 raise
             reason = re.sub("^(ValueError|OSError): ", "", str(error).splitlines()[-1])
-            if "allocate shared memory" in reason:  # a container's /dev/shm has 64 MB by default
+            if re.search("(allocate|out of) shared memory", reason):  # a container's /dev/shm has 64 MB by default
                 reason = "workers have no shared memory left; enlarge /dev/shm, or raise --memory-limit"
             raise OSError(reason) from error
         finally:

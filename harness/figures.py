@@ -135,6 +135,7 @@ def code_colors(codebook: Tensor) -> np.ndarray:
 
 
 def fit_pca(vectors: np.ndarray, directions: int):
+    """Return scikit-learn's PCA of vectors (N, D), always the same for the same vectors."""
     from sklearn.decomposition import PCA  # here: scikit-learn takes a second to import
 
     return PCA(directions, random_state=0).fit(vectors)

@@ -311,7 +311,7 @@ class Run:
 
         Under torchrun it does not: torchrun forwards signals to processes that may have received them already.
         """
-        if threading.current_thread() is not threading.main_thread():  # no other thread may catch any
+        if threading.current_thread() is not threading.main_thread():  # Python lets no other thread set handlers
             return
         signals = self.signals  # not self: what a handler refers to lives as long as the process
 

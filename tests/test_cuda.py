@@ -61,10 +61,19 @@ def test_compiled_run_learns_as_the_eager_one_does(tmp_path):
 
 
 def test_prior_computes_as_on_a_cpu():
-    prior = far_from_zero(Prior(16, [(2, 4), (4, 8)], classes=3, width=32, depth=2, heads=2))
+    """Its logits, and the gradient of attention's bias; 17 codes, since kernels for a GPU prefer multiples of 8."""
+    prior = far_from_zero(Prior(16, [(1, 2), (3, 5)], classes=3, width=32, depth=2, heads=2))
     codes, labels = some_codes(prior)
     expected = prior(codes, labels)
-    torch.testing.assert_close(prior.cuda()(codes.cuda(), labels.cuda()).cpu(), expected, rtol=1e-3, atol=1e-3)
+    expected.logsumexp(2).sum().backward()
+    gradient, prior.offset_bias.grad = prior.offset_bias.grad, None
+    logits = prior.cuda()(codes.cuda(), labels.cuda())
+    logits.logsumexp(2).sum().backward()
+    torch.testing.assert_close(logits.cpu(), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(prior.offset_bias.grad.cpu(), gradient, rtol=1e-2, atol=1e-2)
+    with torch.autocast("cuda", torch.bfloat16):
+        close = prior(codes.cuda(), labels.cuda()).float().cpu()
+    assert (close - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 def test_images_are_completed(generating_run, tmp_path):

@@ -725,14 +725,19 @@ def test_disk_that_fails_while_training_is_one_sentence(folder, monkeypatch):
 
 
 NO_SHARED_MEMORY = "unable to allocate shared memory(shm) for file </torch_1_2>: No space left on device (28)"
+BUS_ERROR = (
+    "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
+)
+BUS_ERROR += "shared memory. Please try to raise your shared memory limit."
 FAULTS = [
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), RuntimeError, "can't allocate memory"),
     (torch.AcceleratorError("CUDA error: assert"), torch.AcceleratorError, "CUDA error: assert"),
     (RuntimeError(NO_SHARED_MEMORY), OSError, "no shared memory left; enlarge /dev/shm, or raise --memory-limit"),
+    (RuntimeError(BUS_ERROR), OSError, "no shared memory left; enlarge /dev/shm, or raise --memory-limit"),
 ]
 
 
-@pytest.mark.parametrize(("error", "kind", "message"), FAULTS, ids=["memory", "GPU", "shared memory"])
+@pytest.mark.parametrize(("error", "kind", "message"), FAULTS, ids=["memory", "GPU", "shared memory", "bus error"])
 def test_fault_of_memory_or_gpu_blames_no_image(folder, monkeypatch, error, kind, message):
     """Its remedy is a smaller batch or more memory, not another disk."""
 

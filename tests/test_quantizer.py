@@ -223,6 +223,13 @@ def test_quantizer_loaded_in_inference_mode_learns():
     vq.reset_revived(torch.optim.Adam(vq.parameters()))
 
 
+def test_state_of_another_device_takes_all_buffers_along():
+    """The meta device stands for a GPU."""
+    vq = VectorQuantizer(8, 4)
+    vq.load_state_dict(VectorQuantizer(8, 4).to("meta").state_dict(), assign=True)
+    assert {tensor.device.type for tensor in [*vq.parameters(), *vq.buffers()]} == {"meta"}
+
+
 @BOTH_WAYS
 def test_quantizer_made_without_memory_learns(ema):
     """On "meta", then given a state or memory: it does as one made at once."""

@@ -660,11 +660,10 @@ def test_hidden_files_are_no_code(tmp_path, monkeypatch):
     (tmp_path / "train.py").write_text("code")
     monkeypatch.setattr(storage, "__file__", str(tmp_path / "harness" / "storage.py"))
     before = storage.code_digest("train.py")
-    (tmp_path / ".#train.py").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "harness" / ".#run.py").symlink_to(tmp_path / "nowhere")
     (tmp_path / "harness" / "._run.py").write_text("")
-    (tmp_path / "._train.py").write_text("")
-    (tmp_path / "folder.py").mkdir()
-    os.mkfifo(tmp_path / "pipe.py")
+    (tmp_path / "harness" / "folder.py").mkdir()
+    os.mkfifo(tmp_path / "harness" / "pipe.py")
     assert storage.code_digest("train.py") == before
     (tmp_path / "harness" / "run.py").write_text("")
     assert storage.code_digest("train.py") != before
@@ -708,5 +707,7 @@ def test_code_digest_changes_with_code_that_a_script_imports(tmp_path, monkeypat
 def test_code_digest_covers_the_scripts_imports():
     """As Python finds them; the page and the tests are no part of a run."""
     for name in storage.SCRIPTS.values():
-        imported = ended([sys.executable, PROGRAMS / "files_of_a_script.py", ROOT / name], check=True).stdout.split()
+        imported = ended(
+            [sys.executable, PROGRAMS / "files_of_a_script.py", ROOT / name], check=True
+        ).stdout.splitlines()
         assert storage.code_files(name) == {Path(path) for path in imported}

@@ -478,7 +478,7 @@ def test_class_without_training_images_is_named(folder, tmp_path, capsys):
     save(folder / "test" / "bird" / "0.png")
     train(tmp_path, f"--dataset={folder}", "--steps=2", "--batch-size=4")
     train_prior(tmp_path, "--steps=1", "--batch-size=4")
-    assert "no training image shows bird: the prior cannot learn to draw it\n" in capsys.readouterr().err
+    assert "no training images of bird, which the prior cannot learn to draw\n" in capsys.readouterr().err
 
 
 def test_prior_of_another_run_makes_way(prior_run, scales_run, tmp_path, capsys):
