@@ -727,8 +727,8 @@ def test_disk_that_fails_while_training_is_one_sentence(folder, monkeypatch):
 NO_SHARED_MEMORY = "unable to allocate shared memory(shm) for file </torch_1_2>: No space left on device (28)"
 BUS_ERROR = (
     "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
+    "shared memory. Please try to raise your shared memory limit."
 )
-BUS_ERROR += "shared memory. Please try to raise your shared memory limit."
 FAULTS = [
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), RuntimeError, "can't allocate memory"),
     (torch.AcceleratorError("CUDA error: assert"), torch.AcceleratorError, "CUDA error: assert"),
